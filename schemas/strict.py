@@ -1,0 +1,110 @@
+"""The base of every config and manifest: frozen, unknown keys refused, no silent conversions.
+
+- JSON is the only door (`from_json`, `from_mapping`): pydantic's strict JSON mode refuses "3" for 3 and true for 1, yet
+  takes a list for a tuple, which its strict Python mode would not
+- pydantic keeps the last of two equal JSON keys without a word, so duplicates are refused before it sees the text
+- a setting that cannot change a stage's output (`runtime_setting`) is left out of the stage's key
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from schemas.failures import IntegrityFailure, UsageFailure
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys, NaN and values of the wrong type."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        populate_by_name=True,
+        protected_namespaces=(),
+    )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read the model from JSON text.
+
+        Raises IntegrityFailure for duplicate keys, and pydantic's ValidationError for wrong content.
+        """
+        try:
+            json.loads(text, object_pairs_hook=_unique_keys)
+        except RecursionError as error:
+            raise IntegrityFailure("the JSON is nested too deeply") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise IntegrityFailure(f"not valid JSON: {error}") from error
+        return cls.model_validate_json(text)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Read the model from plain values, as TOML and command-line flags give them."""
+        return cls.model_validate_json(json.dumps(values))
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise IntegrityFailure(f"the JSON key {twice!r} stands twice")
+    return dict(pairs)
+
+
+def runtime_setting(default: Any, description: str, **limits: Any) -> Any:
+    """A field that decides how fast or how loud a stage runs, never what it writes."""
+    return Field(default, description=description, json_schema_extra={"runtime": True}, **limits)
+
+
+class Config(Strict):
+    """The settings of a stage. Flags, TOML keys, help texts and manifests all come from these fields."""
+
+    def key_settings(self) -> dict[str, Any]:
+        """The settings that can change the output, as plain JSON values."""
+        return _without_runtime(self)
+
+
+def _without_runtime(model: BaseModel) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, field in type(model).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("runtime"):
+            continue
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            kept[name] = _without_runtime(value)
+        else:
+            kept[name] = json.loads(json.dumps(value, default=list))
+    return kept
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """Turn pydantic's report into one line a user can act on: place, key, problem, value found."""
+    return f"{where}: " + "; ".join(_problems(error))
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors(include_url=False)[:4]:
+        key = ".".join(str(part) for part in problem["loc"]) or "settings"
+        if problem["type"] == "extra_forbidden":
+            yield f"unknown key `{key}`"
+        elif problem["type"] == "missing":
+            yield f"`{key}` is missing"
+        elif problem["type"] == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            yield message if key == "settings" else f"`{key}`: {message}"
+        else:
+            yield f"`{key}`: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {problem['input']!r:.80}"
+
+
+def validated(model: type[Config], values: Mapping[str, Any], where: str) -> Any:
+    """Build a config from plain values; a mistake becomes a one-line UsageFailure that names `where`."""
+    try:
+        return model.from_mapping(values)
+    except ValidationError as error:
+        raise UsageFailure(explain(error, where)) from error

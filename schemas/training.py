@@ -1,0 +1,36 @@
+"""How anything is trained: optimizer, schedule, precision, engine. One set of fields for every model."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from schemas.decoder import Precision
+from schemas.strict import Config, runtime_setting
+
+
+class TrainingConfig(Config):
+    """The training loop's settings."""
+
+    steps: int = Field(1000, gt=0, description="Optimizer steps.")
+    batch_size: int = Field(32, gt=0, description="Rows in one optimizer step, over all processes.")
+    sequence_length: int = Field(256, gt=1, description="Tokens in a row.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak, after warm-up.")
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="Where the cosine ends, as a share of the peak.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the squared-gradient average.")
+    gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Of initial weights and of the order of the rows.")
+    precision: Precision = Field(
+        "auto", description="Of the weights in the forward pass; auto is bf16 where it is fast."
+    )
+    engine: Literal["auto", "deepspeed", "torch"] = Field(
+        "auto", description="DeepSpeed, or plain torch on one device; auto takes DeepSpeed where it is installed."
+    )
+    zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed's ZeRO stage: what is sharded over processes.")
+    micro_batch_size: int | None = runtime_setting(
+        None, "Rows in one forward pass of one process; default: the whole share of a step.", gt=0
+    )
+    checkpoint_every: int = runtime_setting(200, "Steps between checkpoints from which a killed run resumes.", gt=0)
+    log_every: int = runtime_setting(50, "Steps between lines of the log and of metrics.jsonl.", gt=0)

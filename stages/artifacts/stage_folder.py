@@ -1,0 +1,172 @@
+"""The folder of one stage in a run: claimed by one process, filled, finished by its manifest.
+
+- the lock is `flock` on a file under `.locks/`: the kernel drops it when its holder dies, so no lock is ever stale
+- same key and outputs in place: up to date. Another key: refused with the reason, unless forced
+- forced, the old folder is set aside and deleted only when the new one is finished
+- leftovers of an unfinished start are kept for resuming when their key is the same, and cleared otherwise
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from loguru import logger
+
+from schemas.failures import LockedFailure, UsageFailure
+from schemas.files import FileRef, write_bytes
+from schemas.manifest import FILE_NAME, InputRef, Manifest, key_of
+from schemas.strict import Config, Strict
+from schemas.version import VERSION
+from stages.artifacts.environment import environment
+
+M = TypeVar("M", bound=Manifest)
+
+CLAIM_NAME = ".claim"  # holds the key of the unfinished start
+
+
+class Claim(Generic[M]):
+    """A stage folder held by this process. `finished` is the manifest when there is nothing to do."""
+
+    def __init__(
+        self, run_dir: Path, folder: str, manifest_type: type[M], config: Config, inputs: Sequence[InputRef]
+    ) -> None:
+        self.run_dir = run_dir
+        self.folder = folder
+        self.path = run_dir / folder
+        self.finished: M | None = None
+        self._manifest_type = manifest_type
+        self._config = config
+        self._inputs = tuple(inputs)
+        self._key = key_of(manifest_type, config, inputs)
+        self._replaced = run_dir / f".{folder.replace('/', '-')}.replaced"
+        self._started = time.monotonic()
+        self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def begin(self, force: bool) -> None:
+        """Find the stage up to date, or clear the way for it. Raises UsageFailure when it is stale and not forced."""
+        if (self.path / FILE_NAME).exists():
+            if not force:
+                self.finished = self._up_to_date()
+                return
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path, self._replaced)
+        claim = self.path / CLAIM_NAME
+        if self.path.exists() and not (claim.is_file() and claim.read_text() == self._key):
+            if any(self.path.iterdir()):
+                logger.info("clearing leftovers of an earlier start with other settings in {}", self.path)
+            shutil.rmtree(self.path)
+        write_bytes(claim, self._key.encode(), self.run_dir)
+
+    def _up_to_date(self) -> M:
+        manifest = self._manifest_type.read(self.run_dir, self.folder)
+        if manifest.key != self._key:
+            raise UsageFailure(
+                f"{self.path} is finished, but {'; '.join(_differences(manifest, self._config, self._inputs))}: "
+                f"give --force to do it again, or use another run"
+            )
+        for ref in manifest.outputs:
+            ref.locate(self.run_dir)
+        return manifest
+
+    def finish(self, outputs: Sequence[FileRef], metrics: Strict, processes: int = 1) -> M:
+        """Write the manifest: from now on the stage is finished."""
+        manifest = self._manifest_type(
+            schema=self._manifest_type.expected_schema(),
+            key=self._key,
+            config=self._config,
+            inputs=self._inputs,
+            outputs=tuple(outputs),
+            metrics=metrics,
+            environment=environment(self._started_at, time.monotonic() - self._started, processes),
+        )
+        manifest.write(self.run_dir, self.folder)
+        (self.path / CLAIM_NAME).unlink(missing_ok=True)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        return manifest
+
+
+@contextmanager
+def claim_folder(
+    run_dir: Path,
+    manifest_type: type[M],
+    config: Config,
+    inputs: Sequence[InputRef],
+    *,
+    folder: str | None = None,
+    force: bool = False,
+) -> Iterator[Claim[M]]:
+    """Hold the stage's folder for the length of the block.
+
+    Raises LockedFailure when another process holds it, UsageFailure when it is finished with other settings or inputs.
+    """
+    name = folder or manifest_type.folder
+    with _lock(run_dir, name):
+        claim = Claim(run_dir, name, manifest_type, config, inputs)
+        claim.begin(force)
+        yield claim
+
+
+@contextmanager
+def _lock(run_dir: Path, name: str) -> Iterator[None]:
+    locks = run_dir / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / f"{name.replace('/', '-')}.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise LockedFailure(f"{run_dir / name} is being worked on by {holder}: wait for it or stop it") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def _differences(manifest: Manifest, config: Config, inputs: Sequence[InputRef]) -> Iterator[str]:
+    """Why a finished stage is not the one asked for, in words."""
+    before = _flat(manifest.config.key_settings())
+    now = _flat(config.key_settings())
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            yield f"{name} was {json.dumps(before.get(name))} and is now {json.dumps(now.get(name))}"
+    digests_before = {ref.name: ref.digest for ref in manifest.inputs}
+    digests_now = {ref.name: ref.digest for ref in inputs}
+    for name in sorted(digests_before.keys() | digests_now.keys()):
+        if name not in digests_now:
+            yield f"its input {name} is no longer given"
+        elif name not in digests_before:
+            yield f"its input {name} is new"
+        elif digests_before[name] != digests_now[name]:
+            yield f"its input {name} has changed"
+    written_by = manifest.environment.versions.get("cpipe")
+    if written_by != VERSION:
+        yield f"it was written by cpipe {written_by}"
+
+
+def _flat(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def drop_leftovers(folder: Path, keep: Sequence[Path]) -> None:
+    """Delete the files in `folder` that are not in `keep` and not the claim, e.g. temporary files of a killed start."""
+    kept = {path.name for path in keep} | {CLAIM_NAME, FILE_NAME}
+    for path in folder.iterdir():
+        if path.name not in kept and path.is_file():
+            path.unlink()

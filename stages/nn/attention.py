@@ -1,0 +1,180 @@
+"""Self-attention by positions, with rotary embedding and a cache, and the layer built on it.
+
+Shape letters: B batch, T new positions, S all positions so far, D model width, H query heads, K key/value heads,
+E head width, F MLP width.
+
+- who may see whom is decided by positions alone: a key is allowed when its position is not after the query's (and, with
+  a window, not `window` or more before it). Tokens carry their index; latents carry the index of their group, so
+  latents of one group see each other
+- with a cache the same code runs on the new positions only; there is no second, "incremental" formula to keep equal
+- module names are Hugging Face's, so a decoder's state_dict is a `LlamaForCausalLM` checkpoint as it stands
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Normalise the last axis; computed in fp32 whatever the input."""
+        return F.rms_norm(x_BTD, (x_BTD.shape[-1],), self.weight, self.eps)
+
+
+class LayerCache:
+    """Keys and values of one attention layer so far."""
+
+    def __init__(self) -> None:
+        self.k_BKSE: Tensor | None = None
+        self.v_BKSE: Tensor | None = None
+
+    def append(self, k_BKTE: Tensor, v_BKTE: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Add new keys and values; returns the last `keep` of all."""
+        if self.k_BKSE is not None and self.v_BKSE is not None:
+            k_BKTE = torch.cat([self.k_BKSE, k_BKTE], 2)
+            v_BKTE = torch.cat([self.v_BKSE, v_BKTE], 2)
+        self.k_BKSE, self.v_BKSE = k_BKTE[:, :, -keep:], v_BKTE[:, :, -keep:]
+        return self.k_BKSE, self.v_BKSE
+
+
+class StackCache:
+    """The caches of a stack of layers, and the positions they hold (the same for all layers)."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(layers)]
+        self.position_S: Tensor | None = None
+
+    def append(self, position_T: Tensor, window: int | None) -> Tensor:
+        """Add new positions; returns those that the first new one, or a later one, can reach."""
+        position_S = position_T if self.position_S is None else torch.cat([self.position_S, position_T])
+        if window is not None and len(position_T):
+            position_S = position_S[position_S > position_T[0] - window]
+        self.position_S = position_S
+        return position_S
+
+
+class View:
+    """What a stack of layers shares in one forward pass: rotations of the new positions and who sees whom."""
+
+    def __init__(
+        self,
+        position_T: Tensor,
+        head_dim: int,
+        theta: float,
+        *,
+        cache: StackCache | None = None,
+        window: int | None = None,
+        square: bool = True,
+    ) -> None:
+        """`square`: positions rise by one from the first to the last, so that without cache and window the plain causal
+        kernel can be used and no mask is built."""
+        angle_TE = rotary_angles(position_T, head_dim, theta)
+        self.cos_TE, self.sin_TE = angle_TE.cos(), angle_TE.sin()
+        self.cache = cache
+        position_S = position_T if cache is None else cache.append(position_T, window)
+        self.keep = len(position_S)
+        self.mask_TS: Tensor | None = None
+        if not square or window is not None or len(position_S) > len(position_T):
+            self.mask_TS = causal_mask(position_T, position_S, window)
+
+    def layer_cache(self, layer: int) -> LayerCache | None:
+        """The cache of one layer of the stack."""
+        return None if self.cache is None else self.cache.layers[layer]
+
+
+def rotary_angles(position_T: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Angles [T, E] of RoPE (Su et al. 2021) in the half-split layout Hugging Face uses; fp32 in any precision."""
+    exponent = torch.arange(0, head_dim, 2, device=position_T.device, dtype=torch.float32) / head_dim
+    angle = position_T.float()[:, None] * theta**-exponent
+    return torch.cat([angle, angle], -1)
+
+
+def causal_mask(query_end_T: Tensor, key_end_S: Tensor, window: int | None = None) -> Tensor:
+    """Boolean [T, S]: key allowed iff its end is not after the query's, and within the window."""
+    distance_TS = query_end_T[:, None] - key_end_S[None, :]
+    return distance_TS >= 0 if window is None else (distance_TS >= 0) & (distance_TS < window)
+
+
+def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Apply the rotary embedding."""
+    first, second = x_BHTE.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return (x_BHTE * cos_TE + turned * sin_TE).to(x_BHTE.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention of positions on positions before them."""
+
+    def __init__(self, width: int, heads: int, key_value_heads: int) -> None:
+        super().__init__()
+        self.head_dim = width // heads
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
+
+    def forward(self, x_BTD: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
+        """Attend from x to x and to what the cache holds."""
+        q_BHTE, k_BKTE, v_BKTE = (
+            projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BHTE = rotate(q_BHTE, view.cos_TE, view.sin_TE)
+        k_BKTE = rotate(k_BKTE, view.cos_TE, view.sin_TE)
+        if cache is not None:
+            k_BKTE, v_BKTE = cache.append(k_BKTE, v_BKTE, view.keep)
+        out_BHTE = F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKTE,
+            v_BKTE,
+            attn_mask=view.mask_TS,
+            is_causal=view.mask_TS is None,
+            enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1],
+        )
+        return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (Shazeer 2020): `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Position-wise."""
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, width: int, inner: int, heads: int, key_value_heads: int, eps: float) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(width, eps)
+        self.self_attn = SelfAttention(width, heads, key_value_heads)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.mlp = SwiGLU(width, inner)
+
+    def forward(self, x_BTD: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
+        """One layer over the new positions."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view, cache)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+def initialise(module: nn.Module, layers: int, std: float = 0.02) -> None:
+    """GPT-2's start: normal weights, those that write to the residual stream smaller by the root of their number."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        nn.init.normal_(parameter, std=std / (2 * layers) ** 0.5 if into_residual else std)
