@@ -24,7 +24,7 @@ MAX_BYTES = 64 << 20  # a manifest is untrusted input; no honest one comes near 
 
 
 class InputRef(Strict):
-    """What a stage read: a manifest of the run, by its folder, or a file of the user's, by its name without the path."""
+    """What a stage read: a manifest of the run, by its folder, or a user's file, by its name without the path."""
 
     name: str = Field(max_length=1024, description="Folder in the run, or file name.")
     digest: Digest = Field(description="Content digest of the manifest, or sha256 of the file.")
