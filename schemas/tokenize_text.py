@@ -11,9 +11,8 @@ from schemas.files import FileRef
 from schemas.manifest import Manifest
 from schemas.strict import Config, Strict, runtime_setting
 
-END_OF_TEXT = "<|endoftext|>"
-
 Split = Literal["train", "valid"]
+SPLITS: tuple[Split, ...] = ("train", "valid")
 
 
 class TokenizeConfig(Config):
