@@ -1,0 +1,96 @@
+"""The compose stage: the central concept model, its bridges to the experts, and what was measured.
+
+- two manifests: the central model alone (`central-alone`, shared by every composition with the same settings) and the
+  composition (one folder per `name`, so that controls and bridge kinds live beside each other in a run)
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from schemas.decoder import DecoderConfig
+from schemas.strict import Config
+
+
+class CentralShape(Config):
+    """The central concept model: groups of tokens, latents, plan. Widths not given here are the seed's."""
+
+    central_width: int | None = Field(None, gt=0, description="Width of the central model; default: the seed's.")
+    group_length: int = Field(8, gt=1, description="Tokens in a group; a group is what one concept stands for.")
+    latents_per_group: int = Field(4, gt=0, description="Latent vectors a group is reduced to.")
+    encoder_layers: int = Field(3, gt=0, description="Token layers before the latents.")
+    latent_layers: int = Field(6, gt=0, description="Layers over latents, causal over groups.")
+    decoder_layers: int = Field(3, gt=0, description="Token layers after the latents.")
+    token_window: int = Field(64, gt=1, description="Tokens a token layer sees; all longer memory is latents.")
+    reducer: Literal["perceiver", "last-k"] = Field(
+        "perceiver", description="Latents are learned queries on the group, or its last states."
+    )
+    upsampling: Literal["repeat", "attention"] = Field(
+        "attention", description="How tokens receive the latents of the group before theirs."
+    )
+    plan_horizon: int = Field(4, gt=0, description="Next concepts predicted from every group; the plan tokens read.")
+    concept_loss: Literal["cosine", "mse"] = Field("cosine", description="How predicted concepts are compared.")
+    concept_weight: float = Field(0.1, ge=0, description="Weight of the concept loss beside the token loss.")
+    start_from_seed: bool = Field(
+        True, description="Start embedding, norm, head and token layers from the seed's, where the widths are equal."
+    )
+
+    @model_validator(mode="after")
+    def _latents_fit(self) -> Self:
+        if self.latents_per_group > self.group_length:
+            raise ValueError(
+                f"latents_per_group {self.latents_per_group} is more than group_length {self.group_length}"
+            )
+        return self
+
+
+class CentralConfig(CentralShape):
+    """The central model complete: what `config.json` beside its weights holds."""
+
+    vocab_size: int = Field(gt=0, description="Number of token ids.")
+    hidden_size: int = Field(gt=0, description="Width of the residual streams of tokens and latents.")
+    intermediate_size: int = Field(gt=0, description="Width of the SwiGLU layers.")
+    num_attention_heads: int = Field(gt=0, description="Number of query heads.")
+    num_key_value_heads: int = Field(gt=0, description="Number of key and value heads.")
+    rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary position frequencies.")
+    rms_norm_eps: float = Field(1e-5, gt=0, description="Added to the mean square before the root.")
+    tie_word_embeddings: bool = Field(True, description="Use the token embedding as the output layer too.")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def beside(cls, shape: CentralShape, seed: DecoderConfig) -> Self:
+        """The shape completed by the seed's; another width keeps the seed's proportions and its width of a head.
+
+        Raises ValueError when that is impossible.
+        """
+        width = shape.central_width or seed.hidden_size
+        groups = seed.num_attention_heads // seed.num_key_value_heads
+        if width % (seed.head_dim * groups):
+            raise ValueError(
+                f"central_width {width} is not a multiple of {seed.head_dim * groups}, the seed's head width"
+            )
+        return cls(
+            **(shape.model_dump() | {"central_width": width}),
+            vocab_size=seed.vocab_size,
+            hidden_size=width,
+            intermediate_size=width * seed.intermediate_size // seed.hidden_size,
+            num_attention_heads=width // seed.head_dim,
+            num_key_value_heads=width // seed.head_dim // groups,
+            rope_theta=seed.rope_theta,
+            rms_norm_eps=seed.rms_norm_eps,
+            tie_word_embeddings=seed.tie_word_embeddings,
+        )
+
+
+class BridgeConfig(Config):
+    """How the central model reads the experts."""
+
+    bridge: Literal["stitch", "calm"] = Field(
+        "stitch", description="Position-wise mixing of hidden states, or cross-attention to them."
+    )
+    token_sites: int = Field(2, gt=0, description="Places where tokens read; the last is before the output layer.")
+    latent_sites: int = Field(2, ge=0, description="Places where latents read; the last is after their last layer.")
