@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from schemas.decoder import Precision
-from schemas.strict import Config, runtime_setting
+from schemas.strict import Config, Strict, runtime_setting
 
 
 class TrainingConfig(Config):
@@ -34,3 +34,15 @@ class TrainingConfig(Config):
     )
     checkpoint_every: int = runtime_setting(200, "Steps between checkpoints from which a killed run resumes.", gt=0)
     log_every: int = runtime_setting(50, "Steps between lines of the log and of metrics.jsonl.", gt=0)
+
+
+class TrainingMetrics(Strict):
+    """What a training run came to."""
+
+    steps: int = Field(description="Optimizer steps.")
+    tokens: int = Field(description="Tokens trained on.")
+    first_loss: float = Field(description="Loss of the first step, nats per token; ln(vocabulary) for a new model.")
+    final_loss: float = Field(description="Mean loss of the last twentieth of the steps, nats per token.")
+    curve: tuple[float, ...] = Field(description="Mean losses of equal stretches of the run.")
+    engine: str = Field(description="deepspeed or torch.")
+    precision: str = Field(description="fp32 or bf16.")

@@ -4,6 +4,7 @@
 - same key and outputs in place: up to date. Another key: refused with the reason, unless forced
 - forced, the old folder is set aside and deleted only when the new one is finished
 - leftovers of an unfinished start are kept for resuming when their key is the same, and cleared otherwise
+- where several processes work together, the first one (the leader) claims and writes for all
 """
 
 import fcntl
@@ -13,7 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -22,6 +23,7 @@ from loguru import logger
 
 from schemas.failures import LockedFailure, UsageFailure
 from schemas.files import FileRef, write_bytes
+from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, InputRef, Manifest, key_of
 from schemas.strict import Config, Strict
 from schemas.version import VERSION
@@ -42,6 +44,7 @@ class Claim(Generic[M]):
         self.folder = folder
         self.path = run_dir / folder
         self.finished: M | None = None
+        self.leader = launched_as().rank == 0
         self._manifest_type = manifest_type
         self._config = config
         self._inputs = tuple(inputs)
@@ -50,15 +53,21 @@ class Claim(Generic[M]):
         self._started = time.monotonic()
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
-    def begin(self, force: bool) -> None:
+    def begin(self, force: bool, keep_content: bool) -> None:
         """Find the stage up to date, or clear the way for it. Raises UsageFailure when it is stale and not forced."""
+        if not self.leader and force:
+            return  # the leader sets the old folder aside
         if (self.path / FILE_NAME).exists():
             if not force:
                 self.finished = self._up_to_date()
                 return
-            shutil.rmtree(self._replaced, ignore_errors=True)
-            self._replaced.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.path, self._replaced)
+            if keep_content:
+                (self.path / FILE_NAME).unlink()
+            else:
+                shutil.rmtree(self._replaced, ignore_errors=True)
+                os.replace(self.path, self._replaced)
+        if not self.leader or keep_content:
+            return
         claim = self.path / CLAIM_NAME
         if self.path.exists() and not (claim.is_file() and claim.read_text() == self._key):
             if any(self.path.iterdir()):
@@ -78,9 +87,9 @@ class Claim(Generic[M]):
         return manifest
 
     def finish(self, outputs: Sequence[FileRef], metrics: Strict, processes: int = 1) -> M:
-        """Write the manifest: from now on the stage is finished."""
+        """Write the manifest (the leader does): from now on the stage is finished."""
         manifest = self._manifest_type(
-            schema=self._manifest_type.expected_schema(),
+            schema_id=self._manifest_type.expected_schema(),
             key=self._key,
             config=self._config,
             inputs=self._inputs,
@@ -88,6 +97,8 @@ class Claim(Generic[M]):
             metrics=metrics,
             environment=environment(self._started_at, time.monotonic() - self._started, processes),
         )
+        if not self.leader:
+            return manifest
         manifest.write(self.run_dir, self.folder)
         (self.path / CLAIM_NAME).unlink(missing_ok=True)
         shutil.rmtree(self._replaced, ignore_errors=True)
@@ -103,15 +114,16 @@ def claim_folder(
     *,
     folder: str | None = None,
     force: bool = False,
+    keep_content: bool = False,
 ) -> Iterator[Claim[M]]:
-    """Hold the stage's folder for the length of the block.
+    """Hold the stage's folder for the length of the block. `keep_content`: it holds finished stages of their own.
 
     Raises LockedFailure when another process holds it, UsageFailure when it is finished with other settings or inputs.
     """
     name = folder or manifest_type.folder
-    with _lock(run_dir, name):
+    with _lock(run_dir, name) if launched_as().rank == 0 else nullcontext():
         claim = Claim(run_dir, name, manifest_type, config, inputs)
-        claim.begin(force)
+        claim.begin(force, keep_content)
         yield claim
 
 

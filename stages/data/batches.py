@@ -1,0 +1,68 @@
+"""Training rows: documents packed end to end and cut into rows of equal length.
+
+- the stream is `<end> document <end> document …`; row r holds tokens r·L to r·L + L of it (one more than L, so
+  that every token is once a target), and documents may continue from one row to the next
+- the rows of a step are a pure function of (seed, step): resuming needs no state but the number of the step
+- each epoch visits every row once, in an order of its own
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from schemas.failures import InputFailure
+from stages.data.token_store import TokenStore
+
+
+class Rows:
+    """Rows of `length` + 1 tokens over some documents of a store (all when `documents` is None)."""
+
+    def __init__(
+        self, store: TokenStore, end_of_text: int, length: int, documents: Sequence[int] | np.ndarray | None = None
+    ) -> None:
+        """Raises InputFailure when the documents do not fill a single row."""
+        self.store = store
+        self.end_of_text = end_of_text
+        self.length = length
+        chosen = np.arange(len(store)) if documents is None else np.asarray(documents, dtype=np.int64)
+        self._documents = chosen
+        lengths = store.lengths[chosen] + 1  # the separator before each document
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.tokens = int(self._starts[-1])
+        self.count = (self.tokens - 1) // length
+        if self.count < 1:
+            raise InputFailure(
+                f"{len(chosen)} documents with {self.tokens} tokens do not fill one row of {length} tokens: "
+                "give more text, fewer clusters or a smaller --sequence-length"
+            )
+
+    def row(self, index: int) -> np.ndarray:
+        """Row `index` as int64 [length + 1]."""
+        start, stop = index * self.length, (index + 1) * self.length + 1
+        pieces: list[np.ndarray] = []
+        place = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            document = self.store.tokens(int(self._documents[place]))
+            offset = start - int(self._starts[place])
+            if offset == 0:
+                pieces.append(np.array([self.end_of_text]))
+                start, offset = start + 1, 1
+            taken = document[offset - 1 : offset - 1 + stop - start]
+            pieces.append(taken)
+            start += len(taken)
+            place += 1
+        return np.concatenate(pieces).astype(np.int64)
+
+    def batch(self, step: int, size: int, seed: int) -> Tensor:
+        """The rows of optimizer step `step` (from 0), int64 [size, length + 1]."""
+        drawn = range(step * size, (step + 1) * size)
+        rows = [self.row(int(_order(seed, place // self.count, self.count)[place % self.count])) for place in drawn]
+        return torch.from_numpy(np.stack(rows))
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)

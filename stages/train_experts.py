@@ -1,0 +1,126 @@
+"""Train the experts: each starts from the seed and sees the documents of one cluster (cBTM).
+
+- tokens are matched by batch size, not by steps: k experts take as many optimizer steps as the dense baseline, with
+  1/k of the batch each (Gururangan et al. 2023, with 1/k of the steps the experts lose to the dense model)
+- the dense baseline is a member like any other: the same seed, steps and schedule, all documents, the whole batch
+- every member is a finished stage of its own, so members can be trained by different jobs and only missing ones are
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from schemas.cluster_documents import ClusterManifest
+from schemas.failures import UsageFailure
+from schemas.manifest import InputRef
+from schemas.tokenize_text import TokenizeManifest
+from schemas.train_experts import (
+    ExpertConfig,
+    ExpertManifest,
+    ExpertMetrics,
+    ExpertsConfig,
+    ExpertsManifest,
+    ExpertsMetrics,
+)
+from schemas.train_seed import SeedManifest
+from stages.artifacts.model_folder import read_model, write_model
+from stages.artifacts.stage_folder import claim_folder
+from stages.data.batches import Rows
+from stages.data.token_store import TokenStore, read_table
+from stages.engine.loop import train
+from stages.nn.decoder import Decoder, NextTokenLoss
+
+Upstream = tuple[TokenizeManifest, ClusterManifest, SeedManifest]
+
+
+def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> ExpertsManifest | ExpertManifest:
+    """Train all members that are missing, or the one `config.expert` names."""
+    upstream = TokenizeManifest.read(run_dir), ClusterManifest.read(run_dir), SeedManifest.read(run_dir)
+    members = dict(_members(config, upstream[1].config.clusters))
+    if config.expert is not None:
+        folder = config.expert if config.expert == "dense" else f"experts/{int(config.expert):03d}"
+        if folder not in members:
+            raise UsageFailure(f"--expert {config.expert} is not one of {', '.join(members)}")
+        return _train_member(folder, members[folder], run_dir, upstream, force)
+    finished = {folder: _train_member(folder, member, run_dir, upstream, force) for folder, member in members.items()}
+    return _finish(config, run_dir, finished, force)
+
+
+def _members(config: ExpertsConfig, clusters: int) -> Iterator[tuple[str, ExpertConfig]]:
+    whole = config.training
+    if whole.batch_size % clusters:
+        raise UsageFailure(
+            f"a batch of {whole.batch_size} rows does not divide among {clusters} experts: "
+            f"use --batch-size {max(1, round(whole.batch_size / clusters)) * clusters}"
+        )
+    share = whole.model_copy(update={"batch_size": whole.batch_size // clusters})
+    for cluster in range(clusters):
+        yield f"experts/{cluster:03d}", ExpertConfig(cluster=cluster, training=share)
+    if config.dense:
+        yield "dense", ExpertConfig(cluster=None, training=whole)
+
+
+def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Upstream, force: bool) -> ExpertManifest:
+    tokens, clusters, seed = upstream
+    inputs = [tokens.as_input(), clusters.as_input(), seed.as_input()]
+    with claim_folder(run_dir, ExpertManifest, config, inputs, folder=folder, force=force) as claim:
+        if claim.finished:
+            return claim.finished
+        training = config.training
+        documents = _documents(config.cluster, run_dir, clusters)
+        store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])
+        rows = Rows(store, tokens.metrics.end_of_text, training.sequence_length, documents)
+        decoder = _from_seed(run_dir, seed)
+        metrics = train(
+            NextTokenLoss(decoder),
+            # Another order than the seed's: with the same one a member would see the seed's rows again, first of all.
+            lambda step: rows.batch(step, training.batch_size, training.seed + 1),
+            training,
+            claim.path,
+            folder,
+        )
+        weights = decoder.weights()
+        tokenizer = tokens.output("tokenizer.json").check(run_dir).read_bytes()
+        end = tokens.metrics.end_of_text
+        outputs = write_model(claim.path, run_dir, decoder.config, weights, end, tokenizer) if claim.leader else []
+        return claim.finish(
+            outputs,
+            ExpertMetrics(
+                parameters=sum(weight.numel() for weight in weights.values()),
+                documents=len(store) if documents is None else len(documents),
+                epochs=round(metrics.tokens / rows.tokens, 4),
+                training=metrics,
+            ),
+        )
+
+
+def _documents(cluster: int | None, run_dir: Path, clusters: ClusterManifest) -> np.ndarray | None:
+    """Numbers of the documents in `cluster`; None for all."""
+    if cluster is None:
+        return None
+    table = read_table(clusters.output("assignments-train.arrow").check(run_dir))
+    return np.flatnonzero(np.asarray(table["cluster"]) == cluster)
+
+
+def _from_seed(run_dir: Path, seed: SeedManifest) -> Decoder:
+    for ref in seed.outputs:
+        ref.check(run_dir)
+    decoder = Decoder.from_weights(*read_model(run_dir / seed.folder))
+    return decoder.train().requires_grad_(True)
+
+
+def _finish(config: ExpertsConfig, run_dir: Path, members: dict[str, ExpertManifest], force: bool) -> ExpertsManifest:
+    """Write the manifest of `experts/`: the digests of its members stand for their content."""
+    inputs = [InputRef(name=folder, digest=member.content_digest()) for folder, member in members.items()]
+    experts = [member for folder, member in members.items() if folder != "dense"]
+    with claim_folder(run_dir, ExpertsManifest, config, inputs, force=force, keep_content=True) as claim:
+        return claim.finished or claim.finish(
+            [],
+            ExpertsMetrics(
+                experts=len(experts),
+                tokens=sum(expert.metrics.training.tokens for expert in experts),
+                dense_tokens=members["dense"].metrics.training.tokens if "dense" in members else 0,
+                final_losses=tuple(expert.metrics.training.final_loss for expert in experts),
+            ),
+        )

@@ -1,0 +1,119 @@
+"""Train the gates: experts and seed frozen, one vector per expert learns when the expert is worth asking (PHATGOOSE).
+
+- `independent` is the paper's way: every gate alone, on its own expert's cluster; `joint` lets the gates see each other
+- an expert equal to its seed would leave its gate without a gradient: refused
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from schemas.cluster_documents import ClusterManifest
+from schemas.failures import InputFailure, UsageFailure
+from schemas.tokenize_text import TokenizeManifest
+from schemas.train_experts import ExpertManifest, ExpertsManifest
+from schemas.train_gates import GateMode, GateRun, GatesConfig, GatesManifest, GatesMetrics
+from schemas.train_seed import SeedManifest
+from stages.artifacts.model_folder import read_model, write_tensors
+from stages.artifacts.stage_folder import claim_folder
+from stages.data.batches import Rows
+from stages.data.token_store import TokenStore, read_table
+from stages.engine.loop import train
+from stages.nn.decoder import Decoder
+from stages.nn.gates import ExpertGates, GateLoss
+
+
+def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesManifest:
+    """Train the gates of all experts in the asked modes and write them to `gates/`."""
+    tokens, clusters = TokenizeManifest.read(run_dir), ClusterManifest.read(run_dir)
+    seed_manifest, experts_manifest = SeedManifest.read(run_dir), ExpertsManifest.read(run_dir)
+    inputs = [tokens.as_input(), clusters.as_input(), seed_manifest.as_input(), experts_manifest.as_input()]
+    with claim_folder(run_dir, GatesManifest, config, inputs, force=force) as claim:
+        if claim.finished:
+            return claim.finished
+        seed = Decoder.from_weights(*read_model(run_dir / seed_manifest.folder))
+        experts = [_read_expert(run_dir, number, seed) for number in range(experts_manifest.metrics.experts)]
+        layer = _layer(config, seed)
+        rows = _rows_of_clusters(config, run_dir, tokens, clusters)
+        tensors: dict[str, torch.Tensor] = {}
+        runs: list[GateRun] = []
+        for mode in config.modes:
+            gates, trained = _train_mode(mode, config, layer, seed, experts, rows, claim.path)
+            tensors |= gates.tensors()
+            runs += trained
+        metrics = GatesMetrics(layer=layer, experts=len(experts), runs=tuple(runs))
+        written = [write_tensors(claim.path / "gates.safetensors", tensors, run_dir, "gates")] if claim.leader else []
+        return claim.finish(written, metrics)
+
+
+def _read_expert(run_dir: Path, number: int, seed: Decoder) -> Decoder:
+    folder = f"experts/{number:03d}"
+    for ref in ExpertManifest.read(run_dir, folder).outputs:
+        ref.check(run_dir)
+    expert = Decoder.from_weights(*read_model(run_dir / folder))
+    equal = all(torch.equal(own, other) for own, other in zip(expert.parameters(), seed.parameters(), strict=True))
+    if equal:
+        raise InputFailure(f"expert {number} equals the seed, so its gate has nothing to learn: train it for longer")
+    return expert
+
+
+def _layer(config: GatesConfig, seed: Decoder) -> int:
+    depth = seed.config.num_hidden_layers
+    layer = (depth + 1) // 2 if config.layer is None else config.layer
+    if layer > depth:
+        raise UsageFailure(f"--layer {layer} is beyond the seed's {depth} layers")
+    return layer
+
+
+def _rows_of_clusters(
+    config: GatesConfig, run_dir: Path, tokens: TokenizeManifest, clusters: ClusterManifest
+) -> dict[int | None, Rows]:
+    """Rows of each cluster's documents, and under None those of all."""
+    store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])
+    assigned = np.asarray(read_table(clusters.output("assignments-train.arrow").check(run_dir))["cluster"])
+    end, length = tokens.metrics.end_of_text, config.training.sequence_length
+    rows: dict[int | None, Rows] = {None: Rows(store, end, length)}
+    for cluster in range(clusters.config.clusters):
+        rows[cluster] = Rows(store, end, length, np.flatnonzero(assigned == cluster))
+    return rows
+
+
+def _train_mode(
+    mode: GateMode,
+    config: GatesConfig,
+    layer: int,
+    seed: Decoder,
+    experts: list[Decoder],
+    rows: dict[int | None, Rows],
+    folder: Path,
+) -> tuple[ExpertGates, list[GateRun]]:
+    """All gates in one run (`joint`), or one run per expert (`independent`)."""
+    gates = ExpertGates.closed(len(experts), seed.config.hidden_size, layer, mode)
+    owners: list[int | None] = [None] if mode == "joint" else list(range(len(experts)))
+    runs = []
+    for own in owners:
+        for number, vector in enumerate(gates.vectors):
+            vector.requires_grad_(own in (None, number))
+        loss = GateLoss(gates, seed, experts if own is None else [experts[own]], own)
+        label = "gates joint" if own is None else f"gate {own:03d}"
+        runs.append(_train_run(mode, own, loss, rows[own], config, folder / label.replace(" ", "-"), label))
+    return gates, runs
+
+
+def _train_run(
+    mode: GateMode, own: int | None, loss: GateLoss, rows: Rows, config: GatesConfig, folder: Path, label: str
+) -> GateRun:
+    training = config.training
+    folder.mkdir(exist_ok=True)
+    metrics = train(
+        loss, lambda step: rows.batch(step, training.batch_size, training.seed + 2), training, folder, label
+    )
+    with torch.no_grad():
+        parts = loss.cpu()(rows.batch(training.steps, training.batch_size, training.seed + 2))
+    openness = tuple(round(float(parts[name]), 4) for name in sorted(parts, key=_slot) if name != "loss")
+    return GateRun(mode=mode, expert=own, openness=openness, training=metrics)
+
+
+def _slot(name: str) -> int:
+    return int(name.removeprefix("open_")) if name.startswith("open_") else -1
