@@ -90,7 +90,11 @@ class BridgeConfig(Config):
     """How the central model reads the experts."""
 
     bridge: Literal["stitch", "calm"] = Field(
-        "stitch", description="Position-wise mixing of hidden states, or cross-attention to them."
+        "stitch",
+        description="Position-wise mixing of hidden states, or cross-attention; before the output layer it is mixing.",
     )
     token_sites: int = Field(2, gt=0, description="Places where tokens read; the last is before the output layer.")
     latent_sites: int = Field(2, ge=0, description="Places where latents read; the last is after their last layer.")
+    evidence: bool = Field(
+        True, description="Weigh experts by how well each predicted the tokens so far, with a memory that fades."
+    )

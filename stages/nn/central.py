@@ -98,10 +98,14 @@ class CentralModel(nn.Module):
         Raises RuntimeError when names or shapes do not fit `config`.
         """
         model = cls(config)
-        if config.tie_word_embeddings:
-            weights = {**weights, "lm_head.weight": weights["embed_tokens.weight"]}
-        model.load_state_dict(weights)
+        model.load_weights(weights)
         return model
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take weights as `weights` returns them. Raises RuntimeError when names or shapes do not fit."""
+        if self.config.tie_word_embeddings:
+            weights = {**weights, "lm_head.weight": weights["embed_tokens.weight"]}
+        self.load_state_dict(weights)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to save: a tied output layer is left out."""

@@ -1,0 +1,270 @@
+"""The composed model: central model, bridges and frozen experts in one forward pass.
+
+Shape letters: B batch, N states that read, T new tokens, D central width, E expert width, X experts, F priors per
+expert.
+
+- only the central model and the bridges are trained and saved; experts are given, never changed
+- every expert runs on every token, and what its states may say at a token depends on tokens up to it only
+- evidence: the log-likelihood each expert gave the tokens so far, fading, is a prior for the bridges. Without fading
+  it is the Bayes posterior of Branch-Train-Merge; text that changes its domain needs the fading
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from schemas.compose_model import BridgeConfig, CentralConfig
+from stages.nn.attention import StackCache
+from stages.nn.bridges import CalmBridge, CalmCache, StitchBridge
+from stages.nn.central import (
+    HEAD_SITE,
+    NOTHING,
+    CentralCache,
+    CentralModel,
+    CentralOutput,
+    latent_site,
+    losses_of,
+    token_site,
+)
+from stages.nn.decoder import Decoder, token_log_probs
+from stages.nn.gates import ExpertGates
+
+FADING = (0.8, 0.95, 0.99)  # what is left of the evidence of the token before
+
+
+class Gate(Protocol):
+    """What says, from tokens alone, how much each expert is worth at each of them; may keep a cache of its own."""
+
+    def new_cache(self) -> StackCache:
+        """An empty cache."""
+
+    def __call__(self, ids_BT: Tensor, cache: StackCache | None = None) -> Tensor:
+        """Log-weights [B, T, X], from the tokens up to each."""
+
+
+class SeedGate(nn.Module):
+    """The expert-level gates, which read an early hidden state of the seed."""
+
+    def __init__(self, seed: Decoder, gates: ExpertGates) -> None:
+        super().__init__()
+        self.seed = seed
+        self.gates = gates
+
+    def new_cache(self) -> StackCache:
+        """See Gate."""
+        return self.seed.new_cache()
+
+    def forward(self, ids_BT: Tensor, cache: StackCache | None = None) -> Tensor:
+        """See Gate. The slot "none of them" is left out: each bridge decides itself how far it opens."""
+        return self.gates.log_weights(self.seed.hidden_states(ids_BT, cache, self.gates.layer)[-1])[..., 1:]
+
+
+@dataclass
+class EvidenceCache:
+    """Evidence up to the last token, and the experts' states there, which predict the next."""
+
+    evidence_BXF: Tensor | None = None
+    last_XBE: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class ComposedCache:
+    """What a composed model keeps between chunks."""
+
+    central: CentralCache
+    experts: list[StackCache]
+    gate: StackCache | None
+    bridges: dict[str, CalmCache]
+    evidence: EvidenceCache
+
+
+@dataclass
+class ExpertStates:
+    """What the experts made of the new tokens; the first of them has index `start`."""
+
+    start: int
+    state_XLBTE: list[list[Tensor]]  # per expert: embeddings, then every layer's output, the last one normed
+    prior_BTXF: Tensor
+
+    def at_depth(self, depth: float) -> list[Tensor]:
+        """States [B, T, E] of each expert after that share of its layers."""
+        return [states[round(depth * (len(states) - 1))] for states in self.state_XLBTE]
+
+
+class Bridges(nn.Module):
+    """The bridges of all sites. Which layer of an expert a site reads goes by the share of depth it lies at."""
+
+    def __init__(self, config: BridgeConfig, central: CentralConfig, expert_widths: list[int], priors: int) -> None:
+        super().__init__()
+        self.depths = site_depths(config, central)
+        width = central.hidden_size
+        bridges: dict[str, nn.Module] = {}
+        for site in self.depths:
+            if site == HEAD_SITE or config.bridge == "stitch":
+                bridges[site] = StitchBridge(width, expert_widths, priors, before_head=site == HEAD_SITE)
+            else:
+                bridges[site] = CalmBridge(width, central.num_attention_heads, expert_widths, priors)
+        self.sites = nn.ModuleDict(bridges)
+
+    def remember(self, experts: ExpertStates, caches: dict[str, CalmCache]) -> None:
+        """Put the experts' states where attention finds them: also those of tokens that complete no group."""
+        for site, bridge in self.sites.items():
+            if isinstance(bridge, CalmBridge):
+                bridge.remember(experts.at_depth(self.depths[site]), caches.setdefault(site, CalmCache()))
+
+    def forward(
+        self, site: str, x_BND: Tensor, end_N: Tensor, *, experts: ExpertStates, caches: dict[str, CalmCache]
+    ) -> Tensor:
+        """The states of a site after its bridge; as they were where there is none."""
+        if site not in self.depths:
+            return x_BND
+        bridge, row_N = self.sites[site], end_N - experts.start
+        prior_BNXF = experts.prior_BTXF[:, row_N]
+        if isinstance(bridge, CalmBridge):
+            return bridge(x_BND, end_N, prior_BNXF, caches[site])
+        return bridge(x_BND, [state_BTE[:, row_N] for state_BTE in experts.at_depth(self.depths[site])], prior_BNXF)
+
+
+def site_depths(config: BridgeConfig, central: CentralConfig) -> dict[str, float]:
+    """The sites, spread evenly over depth, each with the share of an expert's depth it reads."""
+    depths = {}
+    for number in range(1, config.latent_sites + 1):
+        after = round(number * central.latent_layers / config.latent_sites)
+        if after:
+            depths[latent_site(after - 1)] = after / central.latent_layers
+    for number in range(1, config.token_sites):
+        after = round(number * central.decoder_layers / config.token_sites)
+        if 0 < after < central.decoder_layers:
+            token_layers = central.encoder_layers + central.decoder_layers
+            depths[token_site(after - 1)] = (central.encoder_layers + after) / token_layers
+    depths[HEAD_SITE] = 1.0
+    return depths
+
+
+class ComposedModel(nn.Module):
+    """A central model that reads frozen experts through bridges."""
+
+    gate: Gate | None
+
+    def __init__(
+        self, central: CentralModel, experts: Sequence[Decoder], config: BridgeConfig, gate: Gate | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.central = central
+        self.experts = nn.ModuleList(experts).requires_grad_(False)
+        self.gate = gate
+        if isinstance(gate, nn.Module):
+            gate.requires_grad_(False)
+        priors = (gate is not None) + len(FADING) * config.evidence
+        widths = [expert.config.hidden_size for expert in experts]
+        self.bridges = Bridges(config, central.config, widths, priors)
+
+    @property
+    def decoders(self) -> list[Decoder]:
+        """The experts."""
+        return cast(list[Decoder], list(self.experts))
+
+    @classmethod
+    def from_weights(
+        cls,
+        central_config: CentralConfig,
+        config: BridgeConfig,
+        weights: dict[str, Tensor],
+        experts: Sequence[Decoder],
+        gate: Gate | None = None,
+    ) -> Self:
+        """A composed model with the weights that `weights` returned. Raises RuntimeError when they do not fit."""
+        model = cls(CentralModel(central_config), experts, config, gate)
+        parts: dict[str, dict[str, Tensor]] = {"central": {}, "bridges": {}}
+        for name, tensor in weights.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        model.central.load_weights(parts["central"])
+        model.bridges.load_state_dict(parts["bridges"])
+        return model.eval().requires_grad_(False)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to save: central model and bridges."""
+        central = {f"central.{name}": tensor for name, tensor in self.central.weights().items()}
+        return central | {f"bridges.{name}": tensor for name, tensor in self.bridges.state_dict().items()}
+
+    def new_cache(self) -> ComposedCache:
+        """An empty cache for `forward`."""
+        gate = None if self.gate is None else self.gate.new_cache()
+        experts = [expert.new_cache() for expert in self.decoders]
+        return ComposedCache(self.central.new_cache(), experts, gate, {}, EvidenceCache())
+
+    def forward(
+        self, ids_BT: Tensor, cache: ComposedCache | None = None, ablate: frozenset[str] = NOTHING
+    ) -> CentralOutput:
+        """Logits for the token after each position of `ids_BT`, the tokens after those the cache has seen.
+
+        `ablate`: "latents" and "plan" as in the central model; "bridges" leaves it alone, without experts;
+        "experts" gives each expert's states in the place of another's.
+        """
+        cache = self.new_cache() if cache is None else cache
+        if "bridges" in ablate:
+            return self.central(ids_BT, cache.central, None, ablate)
+        experts = self._consult(ids_BT, cache)
+        if "experts" in ablate:
+            experts.state_XLBTE = experts.state_XLBTE[1:] + experts.state_XLBTE[:1]
+        self.bridges.remember(experts, cache.bridges)
+        read = partial(self.bridges, experts=experts, caches=cache.bridges)
+        return self.central(ids_BT, cache.central, read, ablate)
+
+    @torch.no_grad()
+    def _consult(self, ids_BT: Tensor, cache: ComposedCache) -> ExpertStates:
+        states = [expert.hidden_states(ids_BT, kept) for expert, kept in zip(self.decoders, cache.experts, strict=True)]
+        priors = [ids_BT.new_zeros((*ids_BT.shape, len(states), 0), dtype=torch.float32)]
+        if self.gate is not None:
+            priors.append(self.gate(ids_BT, cache.gate)[..., None].float())
+        if self.config.evidence:
+            priors.append(self._evidence(ids_BT, [layers[-1] for layers in states], cache.evidence))
+        return ExpertStates(cache.central.seen, states, torch.cat(priors, -1))
+
+    def _evidence(self, ids_BT: Tensor, final_XBTE: list[Tensor], cache: EvidenceCache) -> Tensor:
+        """Faded sums [B, T, X, F] of the experts' log-likelihoods of the tokens up to each."""
+        likelihoods = []
+        for index, (expert, final_BTE) in enumerate(zip(self.decoders, final_XBTE, strict=True)):
+            if cache.last_XBE:
+                before_BTE = torch.cat([cache.last_XBE[index][:, None], final_BTE[:, :-1]], 1)
+                likelihoods.append(token_log_probs(expert.lm_head(before_BTE), ids_BT))
+            else:  # nothing predicts the first token
+                known_BT = token_log_probs(expert.lm_head(final_BTE[:, :-1]), ids_BT[:, 1:])
+                likelihoods.append(nn.functional.pad(known_BT, (1, 0)))
+        cache.last_XBE = [final_BTE[:, -1] for final_BTE in final_XBTE]
+        likelihood_BTX = torch.stack(likelihoods, -1)
+        likelihood_BTX = likelihood_BTX - likelihood_BTX.mean(-1, keepdim=True)  # only differences count
+        evidence_BTXF = torch.stack([_faded(likelihood_BTX, fading) for fading in FADING], -1)
+        if cache.evidence_BXF is not None:
+            age_T = torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device, dtype=torch.float32)
+            fading_F = torch.tensor(FADING, device=ids_BT.device)
+            evidence_BTXF = evidence_BTXF + cache.evidence_BXF[:, None] * (fading_F ** age_T[:, None])[:, None]
+        cache.evidence_BXF = evidence_BTXF[:, -1]
+        return evidence_BTXF
+
+
+def _faded(x_BTX: Tensor, fading: float) -> Tensor:
+    """y_t = x_t + fading · y_{t-1}, as one product with a triangle of powers; fp32 also under autocast."""
+    age_T = torch.arange(x_BTX.shape[1], device=x_BTX.device, dtype=torch.float32)
+    age_TS = age_T[:, None] - age_T
+    power_TS = torch.where(age_TS >= 0, fading ** age_TS.clamp(min=0), 0.0)
+    with torch.autocast(x_BTX.device.type, enabled=False):
+        return power_TS @ x_BTX
+
+
+class ComposedLoss(nn.Module):
+    """What the composed model is trained to lower: the central model's loss, with experts read."""
+
+    def __init__(self, composed: ComposedModel) -> None:
+        super().__init__()
+        self.composed = composed
+
+    def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
+        """`row_BT`: T = sequence length + 1 token ids; every token but the first is predicted."""
+        return losses_of(self.composed.central, self.composed(row_BT[:, :-1]), row_BT)

@@ -1,0 +1,220 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from schemas.compose_model import BridgeConfig, CentralConfig, CentralShape
+from schemas.decoder import DecoderConfig
+from stages.nn.attention import RMSNorm
+from stages.nn.central import CentralModel
+from stages.nn.composed import FADING, ComposedLoss, ComposedModel, SeedGate, site_depths
+from stages.nn.decoder import Decoder, token_log_probs
+from stages.nn.gates import ExpertGates
+
+VOCAB = 29
+SEED = DecoderConfig(
+    vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
+    num_key_value_heads=1,
+)  # fmt: skip
+OTHER = SEED.model_copy(update={"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3})
+SHAPE = CentralShape(
+    group_length=4, latents_per_group=2, encoder_layers=2, latent_layers=3, decoder_layers=3, token_window=7,
+    plan_horizon=2,
+)  # fmt: skip
+
+
+def loud(module, std=0.3):
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    for part in module.modules():
+        if isinstance(part, RMSNorm):
+            nn.init.normal_(part.weight, mean=1.0, std=0.3)
+    return module
+
+
+def make(bridge="stitch", *, gate=True, experts=(SEED, OTHER), evidence=True, shake=True, shape=SHAPE):
+    torch.manual_seed(0)
+    central = CentralModel(CentralConfig.beside(shape, SEED))
+    frozen = [loud(Decoder(config)).eval() for config in experts]
+    gates = ExpertGates(torch.randn(len(experts), 16), torch.zeros(len(experts)), 2, "joint")
+    config = BridgeConfig(bridge=bridge, token_sites=2, latent_sites=2, evidence=evidence)
+    model = ComposedModel(central, frozen, config, SeedGate(loud(Decoder(SEED)), gates) if gate else None)
+    if shake:
+        loud(model.central)
+        loud(model.bridges)
+    return model
+
+
+def some_ids(rows, tokens, seed=1):
+    return torch.randint(VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+BRIDGES = pytest.mark.parametrize("bridge", ["stitch", "calm"])
+
+
+@BRIDGES
+def test_no_token_moves_logits_before_it_in_training_with_targets(bridge):
+    model = make(bridge).train()
+    assert {"latent_1", "latent_2", "token_1", "head"} == set(model.bridges.depths)
+    seen = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out.logits_BTV.detach()))
+
+    def logits_of(row):
+        ComposedLoss(model)(row)
+        return seen[-1]
+
+    row = some_ids(2, 24)
+    before = logits_of(row)
+    for token in range(23):
+        other = row.clone()
+        other[:, token] = (other[:, token] + 1) % VOCAB
+        moved = ((logits_of(other) - before).abs().amax((0, 2)) > 1e-5).nonzero().flatten()
+        assert moved.min() == token
+
+
+@BRIDGES
+def test_experts_reach_the_next_group_through_latent_sites_alone(bridge):
+    model = make(bridge)
+    for site in ("token_1", "head"):
+        del model.bridges.depths[site], model.bridges.sites[site]
+    ids = some_ids(1, 12)
+    before = model(ids).logits_BTV
+    with torch.no_grad():
+        for parameter in model.experts.parameters():
+            parameter.add_(0.3)
+    moved = ((model(ids).logits_BTV - before).abs().amax((0, 2)) > 1e-6).tolist()
+    assert moved == [False] * 4 + [True] * 8
+
+
+@BRIDGES
+@pytest.mark.parametrize("chunks", [[1] * 23, [3, 1, 7, 2, 10], [2, 21], [4, 4, 4, 11]])
+def test_any_chunks_with_a_cache_equal_the_whole(bridge, chunks):
+    model = make(bridge).eval()
+    ids, cache = some_ids(2, 23), model.new_cache()
+    whole = model(ids).logits_BTV
+    logits = torch.cat([model(chunk, cache).logits_BTV for chunk in ids.split(chunks, 1)], 1)
+    torch.testing.assert_close(logits, whole, atol=5e-5, rtol=1e-4)
+
+
+@BRIDGES
+def test_logits_of_a_prefix_do_not_depend_on_what_follows(bridge):
+    model = make(bridge).eval()
+    ids = some_ids(2, 23)
+    whole = model(ids).logits_BTV
+    for tokens in (1, 3, 4, 5, 8, 15, 22):
+        torch.testing.assert_close(model(ids[:, :tokens]).logits_BTV, whole[:, :tokens], atol=5e-5, rtol=1e-4)
+
+
+@BRIDGES
+def test_without_bridges_it_is_the_central_model_exactly(bridge):
+    model = make(bridge)
+    ids = some_ids(2, 23)
+    assert torch.equal(model(ids, ablate=frozenset({"bridges"})).logits_BTV, model.central(ids).logits_BTV)
+    assert not torch.equal(model(ids).logits_BTV, model.central(ids).logits_BTV)
+
+
+def test_experts_in_each_others_place_change_the_logits():
+    model = make(experts=(SEED, SEED), gate=False)
+    ids = some_ids(2, 23)
+    assert not torch.allclose(model(ids, ablate=frozenset({"experts"})).logits_BTV, model(ids).logits_BTV)
+
+
+def test_with_all_weight_on_one_expert_before_the_head_the_logits_are_that_experts():
+    model = make(experts=(SEED, SEED), gate=False, evidence=False)
+    expert = model.decoders[1]
+    model.central.embed_tokens.weight.data.copy_(expert.model.embed_tokens.weight)
+    model.central.lm_head.weight.data.copy_(expert.lm_head.weight)
+    head = model.bridges.sites["head"]
+    with torch.no_grad():
+        nn.init.eye_(head.project[1].weight)
+        nn.init.zeros_(head.choose.weight)
+        nn.init.zeros_(head.open.weight)
+        head.open.bias.fill_(100.0)
+        head.prior.bias_X.copy_(torch.tensor([-200.0, 0.0]))
+    ids = some_ids(2, 11)
+    torch.testing.assert_close(model(ids).logits_BTV, expert(ids), atol=1e-4, rtol=1e-4)
+
+
+@BRIDGES
+def test_training_changes_central_model_and_bridges_and_no_expert(bridge):
+    model = make(bridge, shake=False)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if name.startswith(("experts.", "gate."))}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for step in range(3):
+        ComposedLoss(model)(some_ids(4, 25, step))["loss"].backward()
+        silent = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert silent == []
+        optimizer.step()
+    after = dict(model.named_parameters())
+    assert frozen and all(torch.equal(after[name], value) for name, value in frozen.items())
+    assert all(after[name].grad is None for name in frozen)
+
+
+@BRIDGES
+def test_bridges_alone_can_be_trained_and_every_one_of_them_is(bridge):
+    model = make(bridge)
+    model.central.requires_grad_(False)
+    ComposedLoss(model)(some_ids(2, 24))["loss"].backward()
+    silent = [name for name, p in model.bridges.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+
+
+def test_evidence_is_the_faded_log_likelihood_of_the_tokens_so_far():
+    model = make(gate=False)
+    ids, cache = some_ids(2, 9), model.new_cache()
+    prior = model._consult(ids, cache).prior_BTXF
+    likelihood = torch.stack([token_log_probs(e(ids[:, :-1]), ids[:, 1:]) for e in model.decoders], -1)
+    likelihood = likelihood - likelihood.mean(-1, keepdim=True)
+    faded = torch.zeros(2, 2)
+    assert (prior[:, 0] == 0).all()
+    for token in range(1, 9):
+        faded = likelihood[:, token - 1] + FADING[1] * faded
+        torch.testing.assert_close(prior[:, token, :, 1], faded, atol=1e-4, rtol=1e-4)
+
+
+def test_sites_are_spread_and_the_last_reads_the_experts_last_state():
+    config = CentralConfig.beside(SHAPE.model_copy(update={"latent_layers": 6}), SEED)
+    depths = site_depths(BridgeConfig(token_sites=3, latent_sites=2), config)
+    assert depths == {"latent_2": 0.5, "latent_5": 1.0, "token_0": 3 / 5, "token_1": 4 / 5, "head": 1.0}
+    assert site_depths(BridgeConfig(token_sites=1, latent_sites=0), config) == {"head": 1.0}
+
+
+@BRIDGES
+def test_weights_hold_no_expert_and_come_back(bridge):
+    model = make(bridge)
+    weights = model.weights()
+    assert not [name for name in weights if not name.startswith(("central.", "bridges."))]
+    again = ComposedModel.from_weights(model.central.config, model.config, weights, model.decoders, model.gate)
+    ids = some_ids(1, 11)
+    assert torch.equal(model(ids).logits_BTV, again(ids).logits_BTV)
+
+
+@BRIDGES
+def test_one_batch_can_be_learnt_by_heart(bridge):
+    model = make(bridge, shake=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    row, losses = some_ids(4, 21), []
+    for _ in range(80):
+        parts = ComposedLoss(model)(row)
+        losses.append(float(parts["token_loss"]))
+        parts["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 1.0 < 3.0 < losses[0]
+
+
+@pytest.mark.slow
+@BRIDGES
+def test_leak_alarm_random_tokens_stay_at_the_entropy(bridge):
+    model = make(bridge, shake=False, experts=(SEED,))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for step in range(300):
+        parts = ComposedLoss(model)(some_ids(16, 22, seed=step))
+        losses.append(float(parts["token_loss"]))
+        parts["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-50:]) / 50 > math.log(VOCAB) - 0.01
