@@ -1,0 +1,42 @@
+"""How good a clustering is: balance, agreement with known sources, the terms a cluster stands out by.
+
+- purity and mutual information look at sources only here, never while fitting: clusters are found without labels
+- purity grows with the number of clusters; the normalised mutual information does so far less
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+
+from stages.clustering.features import Floats
+from stages.clustering.kmeans import Labels
+
+
+def balance(sizes: Sequence[int] | NDArray[np.int64]) -> float:
+    """Largest cluster over the mean: 1 is even, k is all in one. 1 when all are empty."""
+    largest, mean = np.max(sizes), np.mean(sizes)
+    return float(largest / mean) if mean else 1.0
+
+
+def purity(labels: Labels, sources: Sequence[str]) -> float:
+    """Share of documents that come from the commonest source of their cluster."""
+    table = contingency_matrix(sources, labels, sparse=True)
+    return float(table.max(axis=0).sum() / len(labels))
+
+
+def mutual_information(labels: Labels, sources: Sequence[str]) -> float:
+    """Mutual information of cluster and source over the mean of their entropies: 0 unrelated, 1 the same partition."""
+    return float(normalized_mutual_info_score(sources, labels))
+
+
+def contrast(weighted: sparse.csr_matrix, labels: Labels, clusters: int) -> Floats:
+    """Mean tf-idf of each cluster less that of all documents [clusters, vocabulary], for rows of tf-idf."""
+    documents = len(labels)
+    member = sparse.csr_matrix((np.ones(documents, np.float32), (labels, np.arange(documents))), (clusters, documents))
+    sizes = np.maximum(np.bincount(labels, minlength=clusters), 1)[:, None]
+    inside = (member @ weighted).toarray() / sizes
+    return (inside - np.asarray(weighted.mean(axis=0))).astype(np.float32)

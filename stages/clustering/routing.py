@@ -1,0 +1,48 @@
+"""Which experts a text is for: weights over clusters from the tokens read so far (cBTM, Gururangan et al. 2023).
+
+    w_c = softmax_c( -||x - c||² / temperature )
+
+- the distance is squared once, as in the paper. The reference code squares a squared distance, so a temperature tuned
+  with it does not carry over
+- causal: the vector at position t is made of the tokens before t; before the first token nothing is known and every
+  cluster weighs the same, also with `top_k`
+- the state of a text is one un-normalised sum: `sum += token_vectors[token]`, then `cluster_weights(normalised(sum))`
+"""
+
+import numpy as np
+
+from stages.clustering.features import Floats, Tokens, normalised
+from stages.clustering.kmeans import squared_distances
+
+
+def prefix_sums(tokens: Tokens, token_vectors: Floats, before: Floats | None = None) -> Floats:
+    """Running sums [T + 1, d], not normalised: row t holds tokens[:t], the last row the state to continue from.
+
+    `before` is such a state of the text read earlier. Summed in order, so pieces and single steps give the same bits.
+    """
+    rows = np.empty((len(tokens) + 1, token_vectors.shape[1]), np.float32)
+    rows[0] = 0 if before is None else before
+    rows[1:] = token_vectors[tokens]
+    return np.cumsum(rows, axis=0, dtype=np.float32)
+
+
+def prefix_vectors(tokens: Tokens, token_vectors: Floats) -> Floats:
+    """Unit vectors [T, d]: row t is the vector of the tokens before position t; row 0 is zero."""
+    return normalised(prefix_sums(tokens, token_vectors)[:-1])
+
+
+def cluster_weights(vectors: Floats, centroids: Floats, temperature: float, top_k: int | None = None) -> Floats:
+    """Weights [..., k] of vectors [..., d] that sum to one; with `top_k` all but the largest are zero.
+
+    Uniform where the vector is zero: nothing is known.
+    """
+    clusters = len(centroids)
+    scores = -squared_distances(vectors, centroids) / temperature
+    if top_k is not None and top_k < clusters:
+        # Stable, so that of equal scores the first clusters are kept and never more than top_k.
+        dropped = np.argsort(-scores, axis=-1, kind="stable")[..., top_k:]
+        np.put_along_axis(scores, dropped, -np.inf, axis=-1)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    known = np.any(vectors != 0, axis=-1, keepdims=True)
+    return np.where(known, weights, np.float32(1 / clusters)).astype(np.float32)
