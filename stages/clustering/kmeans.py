@@ -22,6 +22,10 @@ SWEEPS = 2  # of exchanges in one round: the next round continues them, so more 
 NOISE = 1e-6  # a gain below the rounding of float32 is none, or the exchanges would never end
 
 
+class TooFewVectors(ValueError):
+    """The vectors differ too little to make so many clusters."""
+
+
 @dataclass(frozen=True)
 class Clustering:
     """Result of a fit: centroids [k, d], the label of each fitted document, and the sum of squared distances."""
@@ -37,7 +41,7 @@ def fit_kmeans(
 ) -> Clustering:
     """The best of `restarts` runs of k-means, each from its own k-means++ start.
 
-    Raises ValueError when a value is not finite or there are fewer distinct vectors than clusters.
+    Raises TooFewVectors when fewer of them differ than there are clusters, ValueError when a value is not finite.
     """
     if not np.isfinite(vectors).all():
         raise ValueError("the document vectors hold values that are not finite")
@@ -45,7 +49,7 @@ def fit_kmeans(
         return _single(vectors)
     distinct = len(np.unique(vectors, axis=0))
     if distinct < clusters:
-        raise ValueError(f"{distinct} different document vectors cannot make {clusters} clusters")
+        raise TooFewVectors(f"{distinct} different document vectors cannot make {clusters} clusters")
     starts = np.random.SeedSequence(seed).generate_state(restarts)
     runs = [_lloyd(vectors, clusters, balanced, iterations, int(start)) for start in starts]
     return min(runs, key=lambda run: run.inertia)

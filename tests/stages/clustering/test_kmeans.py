@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
-from stages.clustering.kmeans import balanced_assignment, fit_kmeans, means, nearest, squared_distances
+from stages.clustering.kmeans import TooFewVectors, balanced_assignment, fit_kmeans, means, nearest, squared_distances
 
 
 def blobs(sizes, seed=0, noise=0.1, width=6):
@@ -120,7 +120,7 @@ def test_one_cluster_is_the_mean():
 
 def test_too_few_different_vectors_are_refused():
     vectors = np.repeat(np.eye(3, dtype=np.float32), 10, axis=0)
-    with pytest.raises(ValueError, match="3 different document vectors cannot make 4 clusters"):
+    with pytest.raises(TooFewVectors, match="3 different document vectors cannot make 4 clusters"):
         fit_kmeans(vectors, 4, balanced=True, restarts=1, iterations=5, seed=0)
 
 
