@@ -4,12 +4,14 @@
   composition (one folder per `name`, so that controls and bridge kinds live beside each other in a run)
 """
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.decoder import DecoderConfig
-from schemas.strict import Config
+from schemas.manifest import Manifest
+from schemas.strict import Config, Strict, runtime_setting
+from schemas.training import TrainingConfig, TrainingMetrics
 
 
 class CentralShape(Config):
@@ -98,3 +100,113 @@ class BridgeConfig(Config):
     evidence: bool = Field(
         True, description="Weigh experts by how well each predicted the tokens so far, with a memory that fades."
     )
+
+
+class BridgeTraining(Config):
+    """How the bridges are trained; what is not here is as in the training of the central model alone."""
+
+    train: Literal["bridges", "all"] = Field("all", description="Train the bridges only, or the central model too.")
+    bridge_steps: int = Field(1000, gt=0, description="Optimizer steps with the experts in place.")
+    bridge_batch_size: int = Field(32, gt=0, description="Rows in one of these steps.")
+    bridge_learning_rate: float = Field(1e-3, gt=0, description="Peak, after warm-up, of these steps.")
+
+
+class CentralAloneConfig(Config):
+    """The central model trained alone: what every composition with the same settings starts from."""
+
+    central: CentralShape = Field(CentralShape(), description="The central model's shape.")
+    training: TrainingConfig = Field(TrainingConfig(), description="How it is trained before it meets the experts.")
+
+
+class ComposeConfig(CentralAloneConfig):
+    """A central concept model that reads frozen experts (CALM): first trained alone, then with the experts in place."""
+
+    name: str = runtime_setting(
+        "central", "Folder of this composition; controls and other bridges get their own.", max_length=64
+    )
+    experts: Literal["trained", "seed-copies"] = Field(
+        "trained", description="What the bridges read; copies of the seed are the control: parameters, no knowledge."
+    )
+    gates: Literal["none", "independent", "joint"] = Field(
+        "joint", description="Gates that weigh the experts, by the way they were trained."
+    )
+    bridges: BridgeConfig = Field(BridgeConfig(), description="Kind and places of the bridges.")
+    bridge_training: BridgeTraining = Field(BridgeTraining(), description="How the bridges are trained.")
+
+    @field_validator("name")
+    @classmethod
+    def _own_folder(cls, name: str) -> str:
+        words = name.split("-")
+        if words[0] != "central" or name == CentralAloneManifest.folder or not all(w.isalnum() for w in words):
+            raise ValueError(f"{name!r} must be `central` or `central-<word>`, and not {CentralAloneManifest.folder!r}")
+        return name
+
+    def alone(self) -> CentralAloneConfig:
+        """The part that does not depend on experts."""
+        return CentralAloneConfig(central=self.central, training=self.training)
+
+    def with_experts(self) -> TrainingConfig:
+        """The training settings of the bridges."""
+        own = self.bridge_training
+        return self.training.model_copy(
+            update={
+                "steps": own.bridge_steps,
+                "batch_size": own.bridge_batch_size,
+                "learning_rate": own.bridge_learning_rate,
+            }
+        )
+
+
+class CentralAloneMetrics(Strict):
+    """What the central model came to alone."""
+
+    parameters: int = Field(description="Weights, a tied output layer counted once.")
+    training: TrainingMetrics = Field(description="The training run; its loss includes the concepts'.")
+
+
+class CentralAloneManifest(Manifest):
+    """Manifest of `central-alone/`: config.json (a CentralConfig), model.safetensors."""
+
+    command: ClassVar[str] = "compose"
+    folder: ClassVar[str] = "central-alone"
+
+    config: CentralAloneConfig
+    metrics: CentralAloneMetrics
+
+    @classmethod
+    def expected_schema(cls) -> str:
+        """Of its own: a composition is something else, by the same command."""
+        return f"cpipe.{cls.command}-alone/{cls.version}"
+
+
+class Usage(Strict):
+    """Loss of the next token on training rows not yet seen, whole and with one part left out; nats per token."""
+
+    whole: float = Field(description="With everything in place.")
+    without_bridges: float = Field(description="The experts unread.")
+    experts_exchanged: float = Field(description="Each expert's states in the place of another's.")
+    without_latents: float = Field(description="Tokens get no latents of the groups before.")
+    without_plan: float = Field(description="Tokens get no predicted concepts.")
+
+
+class ComposeMetrics(Strict):
+    """What a composition came to."""
+
+    parameters: int = Field(description="Weights of central model and bridges, a tied output layer counted once.")
+    bridge_parameters: int = Field(description="Those of the bridges.")
+    trained_parameters: int = Field(description="Those that were trained with the experts in place.")
+    expert_parameters: int = Field(description="Frozen weights of all experts together; each runs on every token.")
+    experts: int = Field(description="Number of experts.")
+    frozen_checksum: float = Field(description="Of the experts' weights, the same before and after training.")
+    usage: Usage = Field(description="What each part is worth.")
+    training: TrainingMetrics = Field(description="The training run; its loss includes the concepts'.")
+
+
+class ComposeManifest(Manifest):
+    """Manifest of `central/`: config.json (`central` and `bridges`), model.safetensors (names begin likewise)."""
+
+    command: ClassVar[str] = "compose"
+    folder: ClassVar[str] = "central"
+
+    config: ComposeConfig
+    metrics: ComposeMetrics
