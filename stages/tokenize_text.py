@@ -24,7 +24,7 @@ from schemas.manifest import InputRef
 from schemas.tokenize_text import SPLITS, Counts, Split, TokenizeConfig, TokenizeManifest, TokenizeMetrics
 from stages.artifacts.stage_folder import claim_folder, drop_leftovers
 from stages.data.readers import Columns, Document, TextFile, find_files, read_documents
-from stages.data.token_store import ShardWriter
+from stages.data.token_store import SHARD_TOKENS, ShardWriter
 from stages.data.tokenizer import Encoder, load_tokenizer, pieces, train_tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -142,7 +142,7 @@ def _encode(
     config: TokenizeConfig, corpus: _Corpus, encoder: Encoder, folder: Path, run_dir: Path
 ) -> tuple[list[FileRef], dict[tuple[str, Split], Counter[str]]]:
     """Write the shards of both splits; counts per source and split."""
-    writers = {split: ShardWriter(folder, split, run_dir, encoder.vocab_size) for split in SPLITS}
+    writers = {split: ShardWriter(folder, split, run_dir, encoder.vocab_size, SHARD_TOKENS) for split in SPLITS}
     counts: dict[tuple[str, Split], Counter[str]] = defaultdict(Counter)
     done = 0
     for document, tokens in encoder.encode(document for document, _ in corpus):

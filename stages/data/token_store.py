@@ -159,7 +159,8 @@ def _map_shard(path: Path) -> list[pa.RecordBatch]:
 
 def write_table(path: Path, columns: Mapping[str, Sequence[str] | np.ndarray], run_dir: Path) -> FileRef:
     """Write a small table, columns of equal length, as one Arrow IPC file; numpy dtypes are kept."""
-    batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+    arrays = [pa.array(values, None if isinstance(values, np.ndarray) else pa.string()) for values in columns.values()]
+    batch = pa.record_batch(arrays, names=list(columns))
     with new_file(path) as file:
         _write(file, batch.schema, [batch])
     return file.ref(path, run_dir, rows=batch.num_rows)
