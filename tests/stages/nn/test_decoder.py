@@ -1,0 +1,170 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from schemas.decoder import DecoderConfig
+from stages.nn.attention import RMSNorm
+from stages.nn.decoder import Decoder, NextTokenLoss, token_log_probs
+
+VOCAB = 61
+
+
+def shape(**changes):
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 500.0,
+        "rms_norm_eps": 1e-3,
+        "max_position_embeddings": 64,
+    }
+    return DecoderConfig(**{**settings, **changes})
+
+
+def loud(config, seed=0):
+    """A decoder whose weights are all large enough that nothing in it can be left out unnoticed."""
+    torch.manual_seed(seed)
+    decoder = Decoder(config).eval().requires_grad_(False)
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    for part in decoder.modules():
+        if isinstance(part, RMSNorm):
+            nn.init.normal_(part.weight, mean=1.0, std=0.3)
+    return decoder
+
+
+def some_ids(rows, tokens, seed=1):
+    return torch.randint(VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def huggingface_twin(decoder):
+    model = LlamaForCausalLM(LlamaConfig(**decoder.config.to_huggingface(0))).eval()
+    missing, unexpected = model.load_state_dict(decoder.weights(), strict=False)
+    assert not unexpected
+    assert missing == (["lm_head.weight"] if decoder.config.tie_word_embeddings else [])
+    model.tie_weights()
+    return model
+
+
+KINDS = pytest.mark.parametrize(
+    "config",
+    [
+        shape(),
+        shape(tie_word_embeddings=False),
+        shape(num_key_value_heads=4, tie_word_embeddings=False),
+        shape(num_key_value_heads=1),
+    ],
+    ids=["gqa-tied", "gqa-untied", "mha-untied", "mqa-tied"],
+)
+
+
+@KINDS
+def test_logits_equal_transformers(config):
+    decoder, ids = loud(config), some_ids(2, 40)
+    with torch.no_grad():
+        expected = huggingface_twin(decoder)(ids).logits
+    logits = decoder(ids)
+    assert logits.abs().mean() > 0.5  # else anything would be close
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [None, 0, 1, 2, 3])
+def test_hidden_states_equal_transformers_at_every_depth(depth):
+    decoder, ids = loud(shape()), some_ids(2, 20)
+    with torch.no_grad():
+        expected = huggingface_twin(decoder)(ids, output_hidden_states=True).hidden_states
+    states = decoder.hidden_states(ids, depth=depth)
+    assert len(states) == (4 if depth is None else depth + 1)
+    for own, other in zip(states, expected, strict=False):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 11, (3, 1, 5, 2), (10, 1), (11,)])
+def test_decoding_in_odd_chunks_equals_the_full_pass(sizes):
+    decoder, ids = loud(shape()), some_ids(3, 11)
+    cache = decoder.new_cache()
+    pieces = [decoder(chunk, cache) for chunk in ids.split(list(sizes), 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), decoder(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_of_a_lower_depth_decode_in_chunks_too():
+    decoder, ids = loud(shape()), some_ids(2, 9)
+    cache = decoder.new_cache()
+    pieces = [decoder.hidden_states(chunk, cache, depth=2)[-1] for chunk in ids.split([4, 1, 4], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), decoder.hidden_states(ids)[2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [0, 5, 18])
+def test_a_changed_token_moves_nothing_before_it(changed):
+    decoder, ids = loud(shape()), some_ids(2, 19)
+    other = ids.clone()
+    other[:, changed] = (other[:, changed] + 1) % VOCAB
+    difference = (decoder(ids) - decoder(other)).abs().amax((0, 2))
+    assert (difference[:changed] == 0).all()
+    assert (difference[changed:] > 1e-4).all()
+
+
+def test_a_prefix_has_the_logits_it_has_in_the_whole():
+    decoder, ids = loud(shape()), some_ids(2, 19)
+    torch.testing.assert_close(decoder(ids[:, :7]), decoder(ids)[:, :7], atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_decoder_guesses_uniformly():
+    torch.manual_seed(0)
+    decoder = Decoder(shape(vocab_size=1000))
+    rows = torch.randint(1000, (8, 33))
+    assert NextTokenLoss(decoder)(rows)["loss"].item() == pytest.approx(math.log(1000), rel=0.02)
+
+
+def test_a_new_decoder_overfits_one_batch():
+    torch.manual_seed(0)
+    decoder = Decoder(shape(tie_word_embeddings=False))
+    module, rows = NextTokenLoss(decoder), some_ids(2, 17)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = module(rows)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_the_loss_is_the_mean_over_predicted_tokens():
+    decoder, rows = loud(shape()), some_ids(2, 9)
+    log_probs = decoder(rows[:, :-1]).double().log_softmax(-1)
+    picked = [log_probs[row, t, rows[row, t + 1]] for row in range(2) for t in range(8)]
+    expected = -torch.stack(picked)
+    assert NextTokenLoss(decoder)(rows)["loss"].item() == pytest.approx(expected.mean().item(), abs=1e-5)
+    own = -token_log_probs(decoder(rows[:, :-1]), rows[:, 1:]).flatten().double()
+    torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
+
+
+@KINDS
+def test_weights_make_an_equal_decoder_which_is_frozen(config):
+    decoder, ids = loud(config), some_ids(1, 8)
+    again = Decoder.from_weights(config, decoder.weights())
+    assert torch.equal(decoder(ids), again(ids))
+    assert not again.training
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    tied = again.lm_head.weight is again.model.embed_tokens.weight
+    assert tied == config.tie_word_embeddings
+
+
+def test_weights_of_another_shape_are_refused():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Decoder.from_weights(shape(intermediate_size=40), loud(shape()).weights())
+
+
+def test_bf16_gives_nearly_the_loss_of_fp32():
+    decoder, rows = loud(shape()), some_ids(4, 33)
+    exact = NextTokenLoss(decoder)(rows)["loss"].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = NextTokenLoss(decoder)(rows)["loss"]
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact, rel=0.02)
