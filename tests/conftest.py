@@ -1,0 +1,104 @@
+"""A tiny corpus of three kinds of text, and a run of the first stages over it: made in code, once per session.
+
+Whatever a test changes it copies first: `copied_run` gives it a run of its own.
+"""
+
+import json
+import os
+import random
+import shutil
+
+import pytest
+import torch
+
+from schemas.cluster_documents import ClusterConfig
+from schemas.decoder import DecoderShape
+from schemas.tokenize_text import TokenizeConfig
+from schemas.train_experts import ExpertsConfig
+from schemas.train_seed import SeedConfig
+from schemas.training import TrainingConfig
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a network
+torch.set_num_threads(1)  # the tests are too small for more, and other processes want the cores
+
+KINDS = {
+    "recipe": "butter flour sugar eggs whisk the bowl oven bake gently until golden add salt milk stir dough",
+    "code": "def return self if else import for in range print value = ( ) : [ ] None class yield lambda",
+    "law": "whereas the party shall hereby pursuant clause contract obligations court liable notice tenant",
+}
+DOCUMENTS = 40  # of each kind
+WORDS = 60  # in each document, more or less
+
+SHAPE = DecoderShape(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
+TRAINING = TrainingConfig(
+    steps=8, batch_size=6, sequence_length=32, learning_rate=5e-3, engine="torch", precision="fp32", log_every=4
+)
+
+
+def documents(kind):
+    """Sentences of the kind's own words: a unigram model tells the kinds apart."""
+    draw = random.Random(kind)
+    for number in range(DOCUMENTS):
+        words = draw.choices(KINDS[kind].split(), k=WORDS + number % 7)
+        yield {"id": f"{kind}-{number}", "source": kind, "text": " ".join(words) + ".\n"}
+
+
+@pytest.fixture(scope="session")
+def shape():
+    """Two layers of width 32."""
+    return SHAPE
+
+
+@pytest.fixture(scope="session")
+def training():
+    """Eight steps of six rows."""
+    return TRAINING
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """A JSON-lines file with the three kinds, interleaved."""
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    rows = [row for group in zip(*map(documents, KINDS), strict=True) for row in group]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def clustered_run(tiny_corpus, tmp_path_factory):
+    """A run with `tokens/` (320 ids) and `clusters/` (3). Read-only: copy it before writing."""
+    from stages import cluster_documents, tokenize_text
+
+    run_dir = tmp_path_factory.mktemp("runs") / "clustered"
+    tokenize = TokenizeConfig(inputs=(str(tiny_corpus),), vocab_size=320, valid_fraction=0.15)
+    tokenize_text.run(tokenize, run_dir)
+    cluster_documents.run(ClusterConfig(clusters=3, dimensions=8), run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def seeded_run(clustered_run, tmp_path_factory):
+    """`clustered_run` with `seed/`, trained for a few steps. Read-only."""
+    from stages import train_seed
+
+    run_dir = shutil.copytree(clustered_run, tmp_path_factory.mktemp("runs") / "seeded")
+    train_seed.run(SeedConfig(model=SHAPE, training=TRAINING), run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def expert_run(seeded_run, tmp_path_factory):
+    """`seeded_run` with `experts/` and `dense/`, trained for a few steps. Read-only."""
+    from stages import train_experts
+
+    run_dir = shutil.copytree(seeded_run, tmp_path_factory.mktemp("runs") / "experts")
+    train_experts.run(ExpertsConfig(training=TRAINING), run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def copied_run(tmp_path):
+    """Copies a read-only run into this test's own folder."""
+    return lambda run_dir: shutil.copytree(run_dir, tmp_path / "run")
