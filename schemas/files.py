@@ -47,9 +47,9 @@ class FileRef(Strict):
         Raises IntegrityFailure when it is missing, of another size, or a link out of the run.
         """
         path = run_dir / self.path
-        if not path.resolve().is_relative_to(run_dir.resolve()):
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(run_dir)):
             raise IntegrityFailure(f"{path} leads out of the run; replace the link by the file itself")
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, false for a name too long or a link to itself
             raise IntegrityFailure(f"{path} is missing; its manifest lists it: rerun the stage with --force")
         if path.stat().st_size != self.size:
             raise IntegrityFailure(

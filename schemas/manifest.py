@@ -98,8 +98,8 @@ class Manifest(Strict):
         if schema == cls.expected_schema():
             return None
         command, _, version = str(schema).removeprefix("cpipe.").partition("/")
-        if command == cls.command and version.isdigit() and int(version) > cls.version:
-            writer = found.get("environment", {}).get("versions", {}).get("cpipe", "a newer version")
+        if command == cls.command and version.isdecimal() and int(version) > cls.version:
+            writer = _writer(found)
             return (
                 f"{path} was written by cpipe {writer} as {schema}; this is cpipe {VERSION}, which reads "
                 f"{cls.expected_schema()}: upgrade cpipe, or rerun `cpipe {cls.command}` into another run"
@@ -132,6 +132,13 @@ class Manifest(Strict):
             if ref.path.rsplit("/", 1)[-1] == name:
                 return ref
         raise IntegrityFailure(f"the manifest of `cpipe {self.command}` lists no {name}: rerun it with --force")
+
+
+def _writer(found: dict[str, Any]) -> str:
+    """The version of cpipe that wrote a manifest whose form is unknown."""
+    for name in ("environment", "versions", "cpipe"):
+        found = found.get(name, {}) if isinstance(found, dict) else {}
+    return found if isinstance(found, str) else "of a newer version"
 
 
 def key_of(manifest_type: type[Manifest], config: Config, inputs: Sequence[InputRef]) -> str:

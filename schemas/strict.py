@@ -38,7 +38,7 @@ class Strict(BaseModel):
             json.loads(text, object_pairs_hook=_unique_keys)
         except RecursionError as error:
             raise IntegrityFailure("the JSON is nested too deeply") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
             raise IntegrityFailure(f"not valid JSON: {error}") from error
         return cls.model_validate_json(text)
 
