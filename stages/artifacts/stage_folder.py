@@ -60,6 +60,7 @@ class Claim(Generic[M]):
         if (self.path / FILE_NAME).exists():
             if not force:
                 self.finished = self._up_to_date()
+                self._tidy()
                 return
             if keep_content:
                 (self.path / FILE_NAME).unlink()
@@ -100,9 +101,14 @@ class Claim(Generic[M]):
         if not self.leader:
             return manifest
         manifest.write(self.run_dir, self.folder)
-        (self.path / CLAIM_NAME).unlink(missing_ok=True)
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        self._tidy()
         return manifest
+
+    def _tidy(self) -> None:
+        """Remove what a finished stage needs no more; a crash just after its manifest was written leaves it behind."""
+        if self.leader:
+            (self.path / CLAIM_NAME).unlink(missing_ok=True)
+            shutil.rmtree(self._replaced, ignore_errors=True)
 
 
 @contextmanager
@@ -161,6 +167,8 @@ def _differences(manifest: Manifest, config: Config, inputs: Sequence[InputRef])
             yield f"its input {name} is new"
         elif digests_before[name] != digests_now[name]:
             yield f"its input {name} has changed"
+    if digests_before == digests_now and [*digests_before] != [*digests_now]:
+        yield "its inputs stand in another order"
     written_by = manifest.environment.versions.get("cpipe")
     if written_by != VERSION:
         yield f"it was written by cpipe {written_by}"
