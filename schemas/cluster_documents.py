@@ -16,6 +16,9 @@ class ClusterConfig(Config):
         "balanced",
         description="k-means with equal sizes while fitting, plain k-means, or a random partition as control.",
     )
+    equal: Literal["tokens", "documents"] = Field(
+        "tokens", description="What the clusters of the balanced method get the same amount of while fitting."
+    )
     dimensions: int = Field(100, ge=1, le=4096, description="Of the document vectors (truncated SVD).")
     sample_documents: int = Field(50_000, gt=0, description="Training documents that vectors and centroids fit on.")
     restarts: int = Field(3, gt=0, description="Starts of k-means, of which the best is kept.")
@@ -42,13 +45,14 @@ class ClusterMetrics(Strict):
     clusters: tuple[ClusterSummary, ...] = Field(description="The clusters, by number.")
     dimensions: int = Field(ge=1, description="Dimensions of the vectors; fewer than asked for in a tiny corpus.")
     sampled_documents: int = Field(ge=1, description="Documents that vectors and centroids were fitted on.")
-    inertia: float = Field(ge=0, description="Sum of squared distances of the fitted documents to their centroids.")
+    inertia: float = Field(ge=0, description="Sum of squared distances in the fit.")
     spread: float = Field(ge=0, description="Mean squared distance of the training documents to their centroids.")
-    fit_balance: float = Field(ge=1, description="Of documents in the fit.")
+    fit_balance: float = Field(ge=1, description="In the fit: of documents, or of tokens where they are made equal.")
     train_balance: float = Field(ge=1, description="Of training documents.")
     train_token_balance: float = Field(ge=1, description="Of training tokens.")
     valid_balance: float = Field(ge=1, description="Of held-out documents.")
     purity: float | None = Field(description="Share of training documents from their cluster's main source.")
+    token_purity: float | None = Field(description="Share of training tokens from their cluster's main source.")
     nmi: float | None = Field(description="Normalised mutual information of cluster and source; null for one source.")
     largest_weight: float = Field(description="Mean over held-out documents of the largest routing weight.")
     effective_clusters: float = Field(description="Mean over held-out documents of exp(entropy of routing weights).")

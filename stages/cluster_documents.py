@@ -2,6 +2,8 @@
 
 - vectors and centroids are fitted on a bounded sample of the training documents; then every document, held-out ones
   too, goes to its nearest centroid. Sizes are equal in the fit only, so the manifest gives both balances
+- equal in tokens: documents enter k-means in proportion to their length. With as many documents each, but lengths that
+  differ by domain, some experts would see their few tokens over and over and others would mix several domains
 - a document without a token that tells anything has the zero vector: it is left out of the fit and goes to the centroid
   nearest to zero
 - `random` is a control: the cluster is a hash of seed and document id, the centroids are the clusters' means
@@ -41,6 +43,7 @@ from stages.clustering.routing import cluster_weights
 from stages.data.token_store import TokenStore, write_table
 
 TERMS = 10  # named per cluster
+DRAWS = 4096  # at least, in proportion to length: a document with such a share of the tokens is in the fit for certain
 SOURCES = 20  # counted per cluster; a corpus of single files has as many sources as documents
 
 
@@ -80,12 +83,13 @@ def _open(tokens: TokenizeManifest, split: Split, run_dir: Path) -> TokenStore:
 
 def _sample(config: ClusterConfig, train: TokenStore) -> np.ndarray:
     """Numbers of the documents to fit on, ascending."""
-    if len(train) < config.clusters:
+    size = min(config.sample_documents, len(train))
+    if size < config.clusters:
+        more = "text" if size == len(train) else "--sample-documents"
         raise InputFailure(
-            f"{len(train)} training documents cannot make {config.clusters} clusters: give --clusters at most "
-            f"{len(train)}, or more text"
+            f"{size} training documents cannot make {config.clusters} clusters: give --clusters at most {size} "
+            f"or more {more}"
         )
-    size = min(max(config.sample_documents, config.clusters), len(train))
     return np.sort(np.random.default_rng(config.seed).choice(len(train), size, replace=False))
 
 
@@ -118,10 +122,10 @@ def _fit(config: ClusterConfig, train: TokenStore, sample: np.ndarray, token_vec
         labels = _hashed([train.ids[document] for document in sample], config)
         centroids = means(vectors, labels, config.clusters)
         return Clustering(centroids, labels, inertia(vectors, centroids, labels), 0)
-    known = vectors.any(axis=1) | (config.clusters == 1)
+    drawn = _draw(config, vectors, train.lengths[sample])
     try:
         fit = fit_kmeans(
-            vectors[known],
+            vectors[drawn],
             config.clusters,
             balanced=config.method == "balanced",
             restarts=config.restarts,
@@ -129,9 +133,24 @@ def _fit(config: ClusterConfig, train: TokenStore, sample: np.ndarray, token_vec
             seed=config.seed,
         )
     except TooFewVectors as error:
-        raise InputFailure(f"the documents are too much alike: {error}; give fewer --clusters or other text") from error
+        raise InputFailure(
+            f"{error}: documents are too much alike, or a few hold nearly all tokens; give fewer --clusters, "
+            f"other text or --equal documents"
+        ) from error
     logger.info("k-means ended after {} rounds with inertia {:.4g}", fit.iterations, fit.inertia)
     return fit
+
+
+def _draw(config: ClusterConfig, vectors: Floats, lengths: np.ndarray) -> np.ndarray:
+    """Rows to run k-means on: each document once, or systematically in proportion to its length."""
+    if config.clusters == 1:
+        return np.arange(len(vectors))
+    known = np.flatnonzero(vectors.any(axis=1))
+    if config.method != "balanced" or config.equal == "documents" or not len(known):
+        return known
+    ends = np.cumsum(lengths[known])
+    draws = max(len(known), DRAWS)
+    return known[np.searchsorted(ends, (np.arange(draws) + 0.5) * ends[-1] / draws, side="right")]
 
 
 def _hashed(ids: Sequence[str], config: ClusterConfig) -> Labels:
@@ -196,7 +215,7 @@ def _metrics(
     return ClusterMetrics(
         clusters=clusters,
         dimensions=fit.centroids.shape[1],
-        sampled_documents=len(fit.labels),
+        sampled_documents=min(config.sample_documents, len(train.labels)),
         inertia=fit.inertia,
         spread=inertia(train.vectors, fit.centroids, train.labels) / len(train.labels),
         fit_balance=balance(np.bincount(fit.labels, minlength=config.clusters)),
@@ -204,6 +223,7 @@ def _metrics(
         train_token_balance=balance([cluster.tokens for cluster in clusters]),
         valid_balance=balance([cluster.valid_documents for cluster in clusters]),
         purity=purity(train.labels, train.store.sources) if several else None,
+        token_purity=purity(train.labels, train.store.sources, train.store.lengths) if several else None,
         nmi=mutual_information(train.labels, train.store.sources) if several else None,
         largest_weight=float(weights.max(1).mean()),
         effective_clusters=float(np.exp(entropy).mean()),

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.metrics import normalized_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
 
 from stages.clustering.features import Floats
 from stages.clustering.kmeans import Labels
@@ -22,10 +21,12 @@ def balance(sizes: Sequence[int] | NDArray[np.int64]) -> float:
     return float(largest / mean) if mean else 1.0
 
 
-def purity(labels: Labels, sources: Sequence[str]) -> float:
-    """Share of documents that come from the commonest source of their cluster."""
-    table = contingency_matrix(sources, labels, sparse=True)
-    return float(table.max(axis=0).sum() / len(labels))
+def purity(labels: Labels, sources: Sequence[str], weights: NDArray[np.int64] | None = None) -> float:
+    """Share of documents (or of their `weights`, such as tokens) that come from the main source of their cluster."""
+    _, numbers = np.unique(sources, return_inverse=True)
+    amounts = np.ones(len(labels)) if weights is None else weights
+    table = sparse.coo_matrix((amounts, (numbers, labels))).tocsc()
+    return float(table.max(axis=0).sum() / table.sum())
 
 
 def mutual_information(labels: Labels, sources: Sequence[str]) -> float:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import shutil
 from collections import Counter
 
@@ -53,6 +54,7 @@ def digests(run_dir):
 def test_kinds_of_text_are_told_apart_without_their_labels(clustered_run):
     metrics = ClusterManifest.read(clustered_run).metrics
     assert metrics.purity > 0.95
+    assert metrics.token_purity > 0.95
     assert metrics.nmi > 0.9
     assert metrics.fit_balance < 1.05
     assert {max(cluster.sources, key=cluster.sources.get) for cluster in metrics.clusters} == {"recipe", "code", "law"}
@@ -120,6 +122,21 @@ def test_random_partition_is_a_hash_of_the_id_and_tells_nothing(tokens_only):
         assert table["cluster"].tolist() == hashes
 
 
+def test_equal_tokens_where_lengths_differ_by_kind(tmp_path):
+    draw = random.Random(0)
+    kinds = [(4, "butter flour sugar"), (4, "court tenant clause"), (80, "return yield lambda")]
+    texts = [
+        " ".join(draw.choices(words.split(), k=length)) + f" {number}"
+        for length, words in kinds
+        for number in range(50 if length < 80 else 20)
+    ]
+    by_documents = run_on(texts, tmp_path, ClusterConfig(clusters=3, equal="documents"), valid_fraction=0.1)
+    by_tokens = cluster_documents.run(ClusterConfig(clusters=3), tmp_path / "run", force=True)
+    assert by_tokens.metrics.train_token_balance < by_documents.metrics.train_token_balance
+    assert by_tokens.metrics.fit_balance < 1.01
+    assert by_documents.metrics.fit_balance < 1.05
+
+
 def test_fit_uses_no_more_documents_than_the_sample(tokens_only):
     config = ClusterConfig(clusters=3, dimensions=8, sample_documents=30)
     manifest = cluster_documents.run(config, tokens_only)
@@ -139,6 +156,7 @@ def test_one_source_has_no_purity(tmp_path):
     texts = [f"{'butter flour' if n % 2 else 'court tenant'} {n}" for n in range(30)]
     metrics = run_on(texts, tmp_path, ClusterConfig(clusters=2), valid_fraction=0.2).metrics
     assert metrics.purity is None
+    assert metrics.token_purity is None
     assert metrics.nmi is None
 
 

@@ -20,6 +20,11 @@ def test_purity_counts_the_main_source_of_each_cluster():
     assert purity(np.array([1, 1, 1, 0, 0, 0], np.int32), SOURCES) == 1
 
 
+def test_purity_can_weigh_documents_by_their_tokens():
+    labels, tokens = np.array([0, 0, 0, 0, 1, 1], np.int32), np.array([1, 1, 1, 7, 2, 2])
+    assert purity(labels, SOURCES, tokens) == pytest.approx((7 + 4) / 14)
+
+
 def test_mutual_information_ignores_the_numbering():
     assert mutual_information(np.array([1, 1, 1, 0, 0, 0], np.int32), SOURCES) == pytest.approx(1)
     assert mutual_information(np.zeros(6, np.int32), SOURCES) == pytest.approx(0)
