@@ -1,1 +1,1 @@
-"""Text in, tokens on disk, tokens out: readers of corpora, Arrow token stores, batches. The only door to Arrow."""
+"""Text in, tokens on disk, tokens out: readers, tokenizers, token stores, batches. The only door to Arrow."""
