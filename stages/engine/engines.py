@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import copy
 import importlib.util
 import os
 import warnings
@@ -66,6 +67,10 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
         name = "deepspeed" if importlib.util.find_spec("deepspeed") else "torch"
     if name == "torch" and (place.world > 1 or config.zero_stage):
         raise UsageFailure("--engine torch trains on one device, without ZeRO: use --engine deepspeed")
+    if config.zero_stage == 3:
+        module = copy.deepcopy(
+            module
+        )  # ZeRO 3 takes a module's weights apart, frozen ones too, and never puts them back
     wrapped = Autocast(module, place.device, choose_precision(config, place)).to(place.device)
     optimizer = _optimizer(wrapped, config, place)
     return (
@@ -153,6 +158,7 @@ class DeepSpeedEngine:
         rows = config.batch_size // place.world
         micro = min(config.micro_batch_size or rows, rows)
         self._stage = config.zero_stage
+        self._clipping = config.gradient_clipping
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -161,7 +167,8 @@ class DeepSpeedEngine:
                 "train_batch_size": config.batch_size,
                 "train_micro_batch_size_per_gpu": micro,
                 "gradient_accumulation_steps": rows // micro,
-                "gradient_clipping": config.gradient_clipping,
+                # Without ZeRO, DeepSpeed clips but does not tell the norm, so `step` clips.
+                "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
                 "zero_optimization": {"stage": config.zero_stage},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
@@ -175,11 +182,14 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         parts = []
+        norm = 0.0
         for rows in micro_batches:
             parts.append(self._engine(rows))
             self._engine.backward(parts[-1]["loss"])
+            if not self._stage and self._engine.is_gradient_accumulation_boundary():
+                norm = float(nn.utils.clip_grad_norm_(_trained(self.module).values(), self._clipping))
             self._engine.step()
-        return _mean(parts), float(self._engine.get_global_grad_norm() or 0.0)
+        return _mean(parts), float(self._engine.get_global_grad_norm()) if self._stage else norm
 
     def state(self) -> dict[str, Tensor]:
         """See Engine."""

@@ -2,11 +2,12 @@
 
 - the batch of a step is a function of the step, and so is torch's random state: a resumed run repeats nothing, skips
   nothing, and ends with the weights of an uninterrupted one
-- a loss that is not finite stops the training at once, on all processes; the last checkpoint stays
+- a loss or gradient that is not finite stops the training at once, on all processes; the last checkpoint stays
 - SIGTERM and SIGINT end the step, write a checkpoint and stop with exit code 75: the same command resumes
 """
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -24,7 +25,7 @@ from schemas.training import TrainingConfig, TrainingMetrics
 from stages.engine import checkpoints
 from stages.engine.checkpoints import Progress
 from stages.engine.engines import Engine, choose_precision, start_engine
-from stages.engine.processes import Place, find_place, mean_over_processes
+from stages.engine.processes import Place, any_process, find_place, mean_over_processes
 from stages.engine.schedule import learning_rate
 
 CURVE_POINTS = 100
@@ -53,13 +54,14 @@ def train(
             torch.manual_seed(config.seed * 1_000_003 + step)
             rate = learning_rate(step, config)
             parts, norm = engine.step(_share(batch_at(step), config, place), rate)
-            losses.append(_checked_loss(parts["loss"], step, label, place))
+            losses.append(_checked_loss(parts["loss"], norm, step, label, place))
             progress = Progress(step=step + 1, tokens=_tokens(config, step + 1), losses=tuple(losses))
             speed = (step + 1 - first_step) / (time.monotonic() - started)
             _report(label, folder, progress, config, parts, norm, rate, speed, place)
-            if stopping() or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
+            stop = any_process(stopping(), place)
+            if stop or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
                 _save(engine, saved, progress, place)
-            if stopping() and step + 1 < config.steps:
+            if stop and step + 1 < config.steps:
                 raise InterruptedFailure(f"{label} stopped after step {step + 1}: run the same command to resume")
     _load_final(module, engine)
     if place.rank == 0:
@@ -92,12 +94,15 @@ def _share(rows: Tensor, config: TrainingConfig, place: Place) -> list[Tensor]:
     return list(own.split(min(config.micro_batch_size or len(own), len(own))))
 
 
-def _checked_loss(loss: Tensor, step: int, label: str, place: Place) -> float:
+def _checked_loss(loss: Tensor, norm: float, step: int, label: str, place: Place) -> float:
+    """The loss over all processes. A gradient must be finite too: the loss would show it only a step later."""
     value = float(mean_over_processes(loss, place))
-    if not torch.isfinite(torch.tensor(value)):
-        raise DivergedFailure(
-            f"{label}: the loss of step {step + 1} is {value}: lower --learning-rate; the last checkpoint is kept"
-        )
+    for name, number in (("loss", value), ("gradient", norm)):
+        if not math.isfinite(number):
+            raise DivergedFailure(
+                f"{label}: the {name} of step {step + 1} is {number}: lower --learning-rate; "
+                "the last checkpoint is kept"
+            )
     return value
 
 

@@ -61,6 +61,11 @@ def mean_over_processes(value: torch.Tensor, place: Place) -> torch.Tensor:
     return value / place.world
 
 
+def any_process(flag: bool, place: Place) -> bool:
+    """Whether the flag is set on any process: a signal reaches them at different steps, yet they must stop at one."""
+    return bool(mean_over_processes(torch.tensor(float(flag), device=place.device), place))
+
+
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether bf16 arithmetic is native here; elsewhere it is emulated and slower than fp32."""
     if device.type == "cuda":
