@@ -4,9 +4,9 @@ Shape letters: B batch, T tokens, D seed width, X experts.
 
 - the paper gates LoRA modules inside one model; here the expert is a whole model, and the gate mixes probabilities:
   p = (1 - g) p_seed + g p_expert with g = sigmoid(v · u)
-- u is normalised (no learned scale) while training too, so that vectors of different experts are compared on equal terms
-- `independent` (Muqeeth et al. 2024, section 3): each vector sees its own expert and cluster only; at use the scores are
-  v̂ · û / sqrt(D) of the normalised vectors, top-k, softmax. There is no slot for "none of them"
+- u is normalised (no learned scale) while training too, so that vectors of different experts compare on equal terms
+- `independent` (Muqeeth et al. 2024, section 3): each vector sees its own expert and cluster only; at use the scores
+  are v̂ · û / sqrt(D) of the normalised vectors, top-k, softmax. There is no slot for "none of them"
 - `joint`: the same vectors and a bias, all experts present, one softmax in which the seed has a slot of score 0
 """
 
@@ -69,8 +69,8 @@ class ExpertGates(nn.Module):
             score_BTX = self.scores(u_BTD)
             seed_BT1 = torch.zeros_like(score_BTX[..., :1])
         if top_k is not None and top_k < score_BTX.shape[-1]:
-            threshold_BT1 = score_BTX.topk(top_k, -1).values[..., -1:]
-            score_BTX = score_BTX.masked_fill(score_BTX < threshold_BT1, -torch.inf)
+            kept = score_BTX.topk(top_k, -1)  # by place, not by a threshold, under which equal scores would all stay
+            score_BTX = torch.full_like(score_BTX, -torch.inf).scatter(-1, kept.indices, kept.values)
         return torch.cat([seed_BT1, score_BTX], -1).log_softmax(-1)
 
 

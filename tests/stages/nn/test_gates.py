@@ -1,0 +1,242 @@
+import pytest
+import torch
+from torch import nn
+
+from schemas.decoder import DecoderConfig
+from stages.nn.decoder import Decoder
+from stages.nn.gates import ExpertGates, GateLoss, normalise
+
+VOCAB, WIDTH = 19, 16
+MODES = pytest.mark.parametrize("mode", ["independent", "joint"])
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+    num_key_value_heads=1,
+)  # fmt: skip
+
+
+def loud(seed):
+    torch.manual_seed(seed)
+    decoder = Decoder(CONFIG)
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return decoder.eval().requires_grad_(False)
+
+
+def models(experts=3):
+    return loud(0), [loud(number + 1) for number in range(experts)]
+
+
+def some_gates(mode, experts=3, layer=2):
+    draw = torch.Generator().manual_seed(9)
+    return ExpertGates(
+        torch.randn(experts, WIDTH, generator=draw), torch.randn(experts, generator=draw), layer, mode
+    ).requires_grad_(False)  # fmt: skip
+
+
+def some_states(scale=1.0):
+    return torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(4)) * scale
+
+
+def some_rows(rows=4, tokens=9, seed=5):
+    return torch.randint(VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e6])
+def test_a_vector_is_normalised_the_same_whatever_its_size(scale):
+    found = normalise(some_states(scale))
+    torch.testing.assert_close(found, normalise(some_states()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.mean(-1), torch.zeros(2, 7), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.square().mean(-1), torch.ones(2, 7), atol=1e-4, rtol=0)
+
+
+def test_normalising_is_layer_norm_without_scale_and_a_zero_vector_stays_zero():
+    x = some_states()
+    torch.testing.assert_close(normalise(x), nn.functional.layer_norm(x, (WIDTH,), eps=0), atol=1e-5, rtol=1e-5)
+    assert torch.equal(normalise(torch.zeros(1, 1, WIDTH)), torch.zeros(1, 1, WIDTH))
+    assert normalise(x.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_closed_gates_are_uniform(experts):
+    u = some_states()
+    joint = ExpertGates.closed(experts, WIDTH, 2, "joint").log_weights(u).exp()
+    torch.testing.assert_close(joint, torch.full((2, 7, experts + 1), 1 / (experts + 1)))
+    alone = ExpertGates.closed(experts, WIDTH, 2, "independent").log_weights(u).exp()
+    torch.testing.assert_close(alone[..., 1:], torch.full((2, 7, experts), 1 / experts))
+    assert (alone[..., 0] == 0).all()
+
+
+def test_closed_gates_open_to_a_half_while_training_alone():
+    seed, experts = models(1)
+    parts = GateLoss(ExpertGates.closed(1, WIDTH, 2, "independent"), seed, experts, own=0)(some_rows())
+    assert parts["open_0"].item() == pytest.approx(0.5)
+    assert parts["open_1"].item() == pytest.approx(0.5)
+
+
+@MODES
+@pytest.mark.parametrize("top_k", [None, 1, 2, 3, 5])
+def test_weights_sum_to_one(mode, top_k):
+    log_weights = some_gates(mode).log_weights(some_states(), top_k)
+    torch.testing.assert_close(log_weights.exp().sum(-1), torch.ones(2, 7))
+    assert log_weights.shape == (2, 7, 4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("gates", [some_gates("independent"), some_gates("joint"), None], ids=["alone", "joint", "tie"])
+def test_top_k_keeps_k_experts(top_k, gates):
+    mode = "joint" if gates is None else gates.mode
+    gates = gates or ExpertGates.closed(3, WIDTH, 2, "joint")  # all scores are equal
+    weights = gates.log_weights(some_states(), top_k).exp()
+    assert ((weights[..., 1:] > 0).sum(-1) == top_k).all()
+    assert ((weights[..., 0] > 0) == (mode == "joint")).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_top_k_of_the_softmax_renormalised_is_the_softmax_of_the_top_k(top_k):
+    gates, u = some_gates("independent"), some_states()
+    whole = gates.log_weights(u)[..., 1:].exp()
+    kept = whole * (whole >= whole.topk(top_k, -1).values[..., -1:])
+    expected = kept / kept.sum(-1, keepdim=True)
+    torch.testing.assert_close(gates.log_weights(u, top_k)[..., 1:].exp(), expected)
+
+
+def test_weights_of_independent_gates_are_the_formula_of_the_paper():
+    gates, u = some_gates("independent"), some_states()
+    vectors = torch.stack(list(gates.vectors))
+
+    def unit(x):
+        return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, unbiased=False)
+
+    expected = (unit(u) @ unit(vectors).T / WIDTH**0.5).softmax(-1)
+    torch.testing.assert_close(gates.log_weights(u)[..., 1:].exp(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_size_of_an_independent_vector_does_not_count():
+    gates = some_gates("independent")
+    longer = ExpertGates(torch.stack(list(gates.vectors)) * 50, gates.bias, 2, "independent")
+    torch.testing.assert_close(longer.log_weights(some_states()), gates.log_weights(some_states()))
+
+
+@pytest.mark.parametrize("own", [0, 2])
+def test_the_independent_loss_is_the_mixture_of_seed_and_own_expert(own):
+    gates, rows = some_gates("independent"), some_rows()
+    gates.bias.zero_()  # it has none
+    seed, experts = models()
+    u = normalise(seed.hidden_states(rows[:, :-1])[2])
+    g = torch.sigmoid(u @ gates.vectors[own])
+    probabilities = [model(rows[:, :-1]).softmax(-1) for model in (seed, experts[own])]
+    mixture = (1 - g)[..., None] * probabilities[0] + g[..., None] * probabilities[1]
+    expected = -mixture.gather(-1, rows[:, 1:, None]).log().mean()
+    parts = GateLoss(gates, seed, [experts[own]], own)(rows)
+    assert parts["loss"].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert parts["open_1"].item() == pytest.approx(g.mean().item(), abs=1e-5)
+
+
+def test_the_joint_loss_is_the_mixture_its_weights_make():
+    gates, rows = some_gates("joint"), some_rows()
+    seed, experts = models()
+    weights = gates.log_weights(seed.hidden_states(rows[:, :-1])[2]).exp()
+    probabilities = torch.stack([model(rows[:, :-1]).softmax(-1) for model in (seed, *experts)], -1)
+    mixture = (probabilities * weights[:, :, None]).sum(-1)
+    expected = -mixture.gather(-1, rows[:, 1:, None]).log().mean()
+    parts = GateLoss(gates, seed, experts, None)(rows)
+    assert parts["loss"].item() == pytest.approx(expected.item(), abs=1e-5)
+    for slot in range(4):
+        assert parts[f"open_{slot}"].item() == pytest.approx(weights[..., slot].mean().item(), abs=1e-5)
+
+
+@MODES
+def test_tokens_to_come_do_not_move_weights(mode):
+    seed, ids = loud(0), some_rows(2, 12)
+    other = ids.clone()
+    other[:, 7:] = (other[:, 7:] + 1) % VOCAB
+    gates = some_gates(mode)
+    first, second = (gates.log_weights(seed.hidden_states(x)[2], 2) for x in (ids, other))
+    assert torch.equal(first[:, :7], second[:, :7])
+    assert not torch.equal(first[:, 7:], second[:, 7:])
+
+
+@MODES
+def test_saved_gates_weigh_the_same(mode):
+    gates = some_gates(mode)
+    tensors = gates.tensors()
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        f"{mode}.vectors": (3, WIDTH),
+        f"{mode}.bias": (3,),
+    }
+    again = ExpertGates.from_tensors(tensors, 2, mode)
+    assert torch.equal(again.log_weights(some_states()), gates.log_weights(some_states()))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_a_later_expert_leaves_the_vectors_of_the_others_as_they_are():
+    gates = some_gates("independent")
+    vectors = torch.cat([torch.stack(list(gates.vectors)), torch.ones(1, WIDTH)])
+    more = ExpertGates(vectors, torch.zeros(4), 2, "independent")
+    assert all(torch.equal(new, old) for new, old in zip(more.vectors, gates.vectors, strict=False))
+
+
+# Training on toy experts, each the better one on its own kind of text
+
+
+HALF = VOCAB // 2
+
+
+def rows_of_kind(low, seed, rows=8):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0 if low else HALF, HALF if low else VOCAB, (rows, 11), generator=draw)
+
+
+class Sure(nn.Module):
+    """An expert that knows which tokens its kind is made of."""
+
+    def __init__(self, low):
+        super().__init__()
+        kind = (torch.arange(VOCAB) < HALF) == low
+        self.logits = nn.Parameter(torch.where(kind, 3.0, -3.0), requires_grad=False)
+
+    def forward(self, ids):
+        return self.logits.expand(*ids.shape, VOCAB)
+
+
+def trained_gates(mode, own=None, steps=60):
+    seed = loud(0)
+    seed.lm_head.weight = nn.Parameter(torch.zeros(VOCAB, WIDTH), requires_grad=False)  # guesses uniformly
+    experts = [Sure(low=True), Sure(low=False)]
+    gates = ExpertGates.closed(2, WIDTH, 2, mode)
+    loss = GateLoss(gates, seed, experts if own is None else [experts[own]], own)
+    before = {name: parameter.clone() for name, parameter in loss.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in loss.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
+    losses = []
+    for step in range(steps):
+        rows = torch.cat([rows_of_kind(low, 2 * step + low) for low in (True, False)])
+        parts = loss(rows if own is None else rows_of_kind(own == 0, step))
+        optimizer.zero_grad()
+        parts["loss"].backward()
+        optimizer.step()
+        losses.append(parts["loss"].item())
+    moved = {name for name, parameter in loss.named_parameters() if not torch.equal(parameter, before[name])}
+    return gates, seed, losses, moved
+
+
+def test_joint_gates_learn_which_expert_to_ask():
+    gates, seed, losses, moved = trained_gates("joint")
+    assert losses[-1] < losses[0] - 0.3  # the first is that of the uniform mixture
+    assert moved == {"gates.vectors.0", "gates.vectors.1", "gates.bias"}
+    for low in (True, False):
+        weights = gates.log_weights(seed.hidden_states(rows_of_kind(low, 999))[2]).exp()
+        expert = 1 if low else 2
+        assert weights[..., expert].mean() > 0.7
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_an_independent_gate_opens_on_its_own_kind_and_moves_nothing_else(own):
+    gates, seed, losses, moved = trained_gates("independent", own)
+    assert losses[-1] < losses[0] - 0.05
+    assert moved == {f"gates.vectors.{own}"}
+    opened = [
+        gates.scores(seed.hidden_states(rows_of_kind(low, 999))[2])[..., own].sigmoid().mean().item()
+        for low in (own == 0, own == 1)
+    ]
+    assert opened[0] > 0.8
+    assert opened[0] > opened[1]
