@@ -1,0 +1,142 @@
+import pytest
+import torch
+from torch import nn
+from toy_training import Toy, batch_at, config, weights
+
+from schemas.failures import UsageFailure
+from stages.engine.engines import choose_precision, start_engine
+from stages.engine.loop import train
+from stages.engine.processes import Place
+from stages.engine.schedule import learning_rate
+
+ENGINES = {
+    "torch": {"engine": "torch"},
+    "zero-0": {"engine": "deepspeed", "zero_stage": 0},
+    "zero-1": {"engine": "deepspeed", "zero_stage": 1},
+    "zero-2": {"engine": "deepspeed", "zero_stage": 2},
+    "zero-3": {"engine": "deepspeed", "zero_stage": 3},
+}
+ALONE = Place(0, 0, 1, torch.device("cpu"))
+
+
+def trained(folder, module=None, **settings):
+    module = module or Toy()
+    train(module, batch_at, config(**settings), folder, "toy")
+    return weights(module)
+
+
+def reference(settings, steps):
+    """AdamW as in torch.optim, clipping and decay written out."""
+    module = Toy()
+    matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(settings.adam_beta1, settings.adam_beta2), foreach=False)
+    for step in range(steps):
+        module(batch_at(step))["loss"].backward()
+        norm = torch.cat([p.grad.flatten() for p in matrices + vectors]).norm()
+        for parameter in matrices + vectors:
+            parameter.grad *= min(1.0, settings.gradient_clipping / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(module)
+
+
+def assert_close(found, expected, tolerance=1e-6):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("micro", [None, 2, 1])
+def test_every_engine_and_micro_batch_gives_the_weights_of_a_plain_adamw_loop(engine, micro, tmp_path):
+    settings = config(**ENGINES[engine], micro_batch_size=micro)
+    found = trained(tmp_path, **ENGINES[engine], micro_batch_size=micro)
+    assert_close(found, reference(settings, settings.steps))
+    assert not torch.equal(found["out.weight"], Toy().out.weight)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_only_what_requires_a_gradient_moves(engine, tmp_path):
+    before, after = weights(Toy()), trained(tmp_path, **ENGINES[engine])
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if not name.startswith("frozen")}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weight_decay_shrinks_matrices_only(engine, tmp_path):
+    class Still(nn.Module):
+        """Everything takes part and nothing has a gradient but zero."""
+
+        def __init__(self):
+            super().__init__()
+            self.matrix, self.vector = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))
+
+        def forward(self, rows):
+            return {"loss": 0 * (self.matrix.sum() + self.vector.sum())}
+
+    settings = {**ENGINES[engine], "steps": 4, "weight_decay": 0.5, "warmup": 0.0, "learning_rate": 0.1}
+    found = trained(tmp_path, Still(), **settings)
+    rates = [learning_rate(step, config(**settings)) for step in range(4)]
+    expected = torch.tensor([1 - 0.5 * rate for rate in rates]).prod().item()
+    torch.testing.assert_close(found["matrix"], torch.full((2, 3), expected))
+    assert torch.equal(found["vector"], torch.ones(3))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_module_is_whole_after_training(engine, tmp_path):
+    module, again = Toy(), Toy()
+    found = trained(tmp_path, module, **ENGINES[engine])
+    with torch.no_grad():
+        loss = module(batch_at(0))["loss"]
+        again.load_state_dict(module.state_dict())
+        assert torch.equal(again(batch_at(0))["loss"], loss)
+    assert_close(weights(module), found, 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parts_of_a_trained_module_can_be_trained_again(engine, tmp_path):
+    """The gates meet the same frozen models in one run after another; a central model is trained twice."""
+
+    def twice(folder, **settings):
+        module = Toy()
+        trained(folder, module, **settings)
+        module.frozen.requires_grad_(True)
+        module.embed.requires_grad_(False)
+        return trained(folder, module, **settings)
+
+    assert_close(twice(tmp_path, **ENGINES[engine]), twice(tmp_path), 2e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_norm_of_the_gradient_is_given_before_clipping(engine):
+    module, settings = Toy(), config(**ENGINES[engine], gradient_clipping=1e-3)
+    module(batch_at(0))["loss"].backward()
+    expected = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad]).norm().item()
+    module.zero_grad()
+    parts, norm = start_engine(module, settings, ALONE).step([batch_at(0)], 1e-3)
+    assert norm == pytest.approx(expected, rel=1e-4)
+    assert parts["loss"].item() == pytest.approx(Toy()(batch_at(0))["loss"].item(), abs=1e-6)
+
+
+def test_bf16_trains_nearly_like_fp32_and_keeps_fp32_weights(tmp_path):
+    exact, rounded = trained(tmp_path), trained(tmp_path, precision="bf16")
+    assert all(tensor.dtype == torch.float32 for tensor in rounded.values())
+    assert not torch.equal(exact["out.weight"], rounded["out.weight"])
+    start = Toy().out.weight
+    assert (rounded["out.weight"] - exact["out.weight"]).norm() < 0.2 * (exact["out.weight"] - start).norm()
+
+
+def test_auto_chooses_deepspeed_and_what_is_fast(tmp_path):
+    assert start_engine(Toy(), config(engine="auto"), ALONE).name == "deepspeed"
+    assert choose_precision(config(precision="bf16"), ALONE) == "bf16"
+    assert choose_precision(config(precision="auto"), ALONE) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("settings, world", [({"zero_stage": 1}, 1), ({}, 2)])
+def test_torch_alone_neither_shards_nor_joins(settings, world):
+    with pytest.raises(UsageFailure, match=r"--engine torch trains on one device.*--engine deepspeed"):
+        start_engine(Toy(), config(engine="torch", **settings), Place(0, 0, world, torch.device("cpu")))

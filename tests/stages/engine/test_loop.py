@@ -1,0 +1,279 @@
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import toy_training
+from test_engines import ENGINES, assert_close
+from torch import nn
+from toy_training import VOCAB, Toy, batch_at, config, weights
+
+from schemas.failures import DivergedFailure, InterruptedFailure, UsageFailure
+from stages.engine import checkpoints
+from stages.engine.loop import train
+from stages.engine.schedule import learning_rate
+
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow if name == "zero-3" else ()) for name in ENGINES]
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process without warning."""
+
+
+def trained(folder, *, module=None, killed_at=None, **settings):
+    """Weights and metrics of a training; `killed_at`: a step whose batch never comes."""
+    folder.mkdir(exist_ok=True)
+    module = module or Toy(dropout=0.2)  # dropout: the random state has to be resumed too
+
+    def batches(step):
+        if step == killed_at:
+            raise Killed
+        return batch_at(step)
+
+    metrics = train(module, batches, config(**settings), folder, "toy")
+    return weights(module), metrics
+
+
+def killed(folder, at, **settings):
+    with pytest.raises(Killed):
+        trained(folder, killed_at=at, **settings)
+
+
+def assert_same(found, expected):
+    assert_close(found[0], expected[0], 0)
+    assert found[1] == expected[1]
+
+
+@pytest.mark.parametrize("engine", SLOWLY)
+@pytest.mark.parametrize("deaths", [(1,), (4,), (3, 7)])
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(engine, deaths, tmp_path):
+    expected = trained(tmp_path / "whole", **ENGINES[engine])
+    for step in deaths:
+        killed(tmp_path / "cut", step, **ENGINES[engine])
+    assert_same(trained(tmp_path / "cut", **ENGINES[engine]), expected)
+
+
+def test_a_resumed_training_repeats_no_step_before_its_checkpoint(tmp_path):
+    killed(tmp_path, 7)
+    asked = []
+    train(Toy(), lambda step: asked.append(step) or batch_at(step), config(), tmp_path, "toy")
+    assert asked == [6, 7]
+
+
+@pytest.mark.parametrize("first, then", [("torch", "zero-0"), ("torch", "zero-2"), ("zero-1", "torch")])
+def test_a_checkpoint_of_one_engine_resumes_under_another(first, then, tmp_path):
+    expected = trained(tmp_path / "whole")[0]
+    killed(tmp_path / "cut", 5, **ENGINES[first])
+    assert_close(trained(tmp_path / "cut", **ENGINES[then])[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [("torch", "zero-3"), ("zero-3", "zero-1"), ("zero-2", "zero-3")])
+def test_a_checkpoint_of_zero_3_is_like_any_other(first, then, tmp_path):
+    expected = trained(tmp_path / "whole")[0]
+    killed(tmp_path / "cut", 5, **ENGINES[first])
+    assert_close(trained(tmp_path / "cut", **ENGINES[then])[0], expected)
+
+
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(tmp_path):
+    expected = trained(tmp_path / "whole")
+    killed(tmp_path / "cut", 7)
+    newest = tmp_path / "cut" / "checkpoints" / "step-0000006.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 4
+    newest.write_bytes(data)
+    assert_same(trained(tmp_path / "cut"), expected)
+
+
+def test_checkpoints_are_gone_when_the_training_is_done(tmp_path):
+    trained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+class Exploding(nn.Module):
+    """At step `at` the loss, or only its gradient, is not finite."""
+
+    def __init__(self, at, loss, gradient):
+        super().__init__()
+        self.at, self.loss, self.gradient, self.calls = at, loss, gradient, 0
+        self.weight = nn.Parameter(torch.ones(3, 3))
+
+    def forward(self, rows):
+        self.calls += 1
+        loss = self.weight.square().mean()
+        if self.calls == self.at:
+            loss = (
+                loss + (self.weight - self.weight.detach()).sum().abs().pow(0.5) if self.gradient else loss * self.loss
+            )
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("loss, gradient", [(math.nan, False), (math.inf, False), (0, True)])
+def test_what_is_not_finite_stops_the_training_and_the_checkpoint_stays(engine, loss, gradient, tmp_path):
+    with pytest.raises(DivergedFailure, match=r"toy: the (loss|gradient) of step 5 is (nan|inf)") as stopped:
+        train(Exploding(5, loss, gradient), batch_at, config(**ENGINES[engine]), tmp_path, "toy")
+    assert stopped.value.exit_code == 7
+    assert "\n" not in str(stopped.value)
+    state, progress = checkpoints.newest(tmp_path / "checkpoints")
+    assert progress.step == 3
+    assert state["weight/weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("engine", ["torch", "zero-1"])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume_from(number, engine, tmp_path):
+    expected = trained(tmp_path / "whole", **ENGINES[engine])
+    before = signal.getsignal(number)
+
+    def batches(step):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return batch_at(step)
+
+    (tmp_path / "cut").mkdir()
+    with pytest.raises(InterruptedFailure, match="toy stopped after step 5: run the same command") as stopped:
+        train(Toy(dropout=0.2), batches, config(**ENGINES[engine]), tmp_path / "cut", "toy")
+    assert stopped.value.exit_code == 75
+    assert signal.getsignal(number) == before
+    assert checkpoints.newest(tmp_path / "cut" / "checkpoints")[1].step == 5
+    assert_same(trained(tmp_path / "cut", **ENGINES[engine]), expected)
+
+
+def test_a_second_signal_is_obeyed_at_once(tmp_path):
+    def twice(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Toy(), twice, config(), tmp_path, "toy")
+
+
+@pytest.mark.parametrize("micro", [3, 8])
+def test_a_batch_that_does_not_divide_is_one_line(micro, tmp_path):
+    settings = config(micro_batch_size=micro, batch_size=4 if micro == 3 else 12)
+    with pytest.raises(UsageFailure, match=r"a batch of .* rows does not divide .* --micro-batch-size") as refused:
+        train(Toy(), batch_at, settings, tmp_path, "toy")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_batch_that_does_not_divide_among_processes_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageFailure, match="a batch of 4 rows does not divide into 3 processes"):
+        train(Toy(), batch_at, config(), tmp_path, "toy")
+
+
+def test_metrics_and_log_say_what_happened(tmp_path):
+    module = Toy()
+    with torch.no_grad():
+        first = module(batch_at(0))["loss"].item()
+    _, metrics = trained(tmp_path, module=module, steps=40, log_every=10, batch_size=4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30, 40]
+    assert [line["tokens"] for line in lines] == [240, 480, 720, 960]
+    assert lines[1]["learning_rate"] == pytest.approx(learning_rate(19, config(steps=40)))
+    assert all(line["size"] > 0 and line["gradient_norm"] > 0 for line in lines)
+    assert metrics.first_loss == pytest.approx(first, abs=1e-6)
+    assert metrics.first_loss == pytest.approx(math.log(VOCAB), rel=0.1)
+    assert (metrics.steps, metrics.tokens, metrics.engine, metrics.precision) == (40, 960, "torch", "fp32")
+    assert len(metrics.curve) == 40
+    assert metrics.final_loss == pytest.approx(sum(metrics.curve[-2:]) / 2)
+    assert lines[-1]["loss"] == pytest.approx(metrics.curve[-1])
+
+
+# In processes of their own
+
+
+def started(folder, *settings, environment=None):
+    """`toy_training.py` as a process, which trains once with each of the settings."""
+    folder.mkdir(exist_ok=True)
+    root = Path(__file__).parents[3]
+    command = [sys.executable, toy_training.__file__, str(folder), *(one.model_dump_json() for one in settings)]
+    variables = {**os.environ, "PYTHONPATH": str(root), **(environment or {})}
+    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process, seconds=60):
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        pytest.fail("the process does not end")
+    return process.returncode, errors
+
+
+def wait_for_step(folder, step, process, rank=0):
+    trace = folder / f"step-{rank}"
+    for _ in range(3000):
+        if trace.is_file() and int(trace.read_text() or 0) >= step:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    pytest.fail("the training does not get on")
+
+
+def in_two(folder, *settings, environment=None):
+    """Two processes of one training, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", **(environment or {})}
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in "01")
+    return [started(folder, *settings, environment=one) for one in ranks]
+
+
+def weights_of(folder, rank=0, number=0):
+    return safetensors.torch.load_file(folder / f"weights-{number}-{rank}.safetensors")
+
+
+@pytest.mark.parametrize(
+    "engines", [("zero-0", "zero-1"), pytest.param(("zero-2", "zero-3"), marks=pytest.mark.slow)], ids=str
+)
+def test_two_processes_give_the_weights_of_one(engines, tmp_path):
+    expected = trained(tmp_path / "one", module=Toy())
+    for process in in_two(tmp_path / "two", *(config(**ENGINES[engine]) for engine in engines)):
+        code, errors = ended(process)
+        assert code == 0, errors
+    for number in range(len(engines)):
+        for rank in (0, 1):
+            assert_close(weights_of(tmp_path / "two", rank, number), expected[0], 1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9)) * len(engines)
+
+
+def test_two_processes_stop_together_when_one_gets_the_signal(tmp_path):
+    processes = in_two(tmp_path, config(**ENGINES["zero-1"], steps=200), environment={"PAUSE": "0.02"})
+    wait_for_step(tmp_path, 5, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    for code, errors in map(ended, processes):
+        assert code == 75, errors
+    assert checkpoints.newest(tmp_path / "checkpoints")[1].step >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_killed_at_any_moment_and_started_again_gives_the_same_weights(engine, tmp_path):
+    settings = config(**ENGINES[engine], steps=30, checkpoint_every=1)
+    expected = trained(tmp_path / "whole", **ENGINES[engine], steps=30, checkpoint_every=1)[0]
+    draw = random.Random(engine)
+    for step in sorted(draw.sample(range(1, 29), 2)):
+        process = started(tmp_path / "cut", settings, environment={"DROPOUT": "0.2", "PAUSE": "0.02"})
+        (tmp_path / "cut" / "step-0").unlink(missing_ok=True)
+        wait_for_step(tmp_path / "cut", step, process)
+        time.sleep(draw.random() * 0.03)
+        process.kill()
+        assert ended(process)[0] == -signal.SIGKILL
+    code, errors = ended(started(tmp_path / "cut", settings, environment={"DROPOUT": "0.2"}))
+    assert code == 0, errors
+    assert_close(weights_of(tmp_path / "cut"), expected, 0)

@@ -1,0 +1,33 @@
+import pytest
+
+from schemas.training import TrainingConfig
+from stages.engine.schedule import learning_rate
+
+
+def rates(**settings):
+    config = TrainingConfig(learning_rate=2.0, **settings)
+    return [learning_rate(step, config) for step in range(config.steps)]
+
+
+def test_the_rate_rises_linearly_to_the_peak_and_falls_as_half_a_cosine():
+    found = rates(steps=13, warmup=4 / 13, final_learning_rate=0.1)
+    assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    # 8 steps from the peak to the end: shares (1 + cos(pi k / 8)) / 2 of what lies above the floor of 0.2
+    shares = [1, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060, 0]
+    assert found[4:] == pytest.approx([0.2 + 1.8 * share for share in shares], abs=1e-5)
+
+
+def test_without_warmup_the_first_step_is_the_peak():
+    found = rates(steps=5, warmup=0.0, final_learning_rate=0.0)
+    assert found == pytest.approx([2.0, 1.707107, 1.0, 0.292893, 0.0], abs=1e-6)
+
+
+def test_a_final_share_of_one_is_a_constant_rate():
+    assert rates(steps=6, warmup=0.0, final_learning_rate=1.0) == pytest.approx([2.0] * 6)
+
+
+def test_no_rate_is_zero_before_the_end():
+    for steps in (1, 2, 3, 20):
+        found = rates(steps=steps, warmup=0.5, final_learning_rate=0.1)
+        assert min(found) > 0
+        assert max(found) == pytest.approx(2.0)

@@ -1,0 +1,80 @@
+"""A model small enough to train in milliseconds, for tests in this process and in others.
+
+python toy_training.py FOLDER CONFIG-JSON...: trains in FOLDER once with each config, and writes the weights there.
+Every step leaves its number in FOLDER/step-RANK, and takes `PAUSE` seconds.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from schemas.failures import Failure
+from schemas.training import TrainingConfig
+from stages.engine.loop import train
+
+VOCAB = 17
+
+
+class Toy(nn.Module):
+    """Next-token loss of an embedding, a hidden layer and a norm: matrices, vectors and something frozen."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.hidden = nn.Linear(8, 12)
+        self.norm = nn.LayerNorm(12)
+        self.out = nn.Linear(12, VOCAB, bias=False)
+        self.frozen = nn.Linear(12, 12).requires_grad_(False)
+        self.dropout = dropout
+
+    def forward(self, rows):
+        x = F.gelu(self.hidden(F.dropout(self.embed(rows[:, :-1]), self.dropout)))
+        x = self.norm(x + self.frozen(x))
+        loss = F.cross_entropy(self.out(x).flatten(0, 1), rows[:, 1:].flatten())
+        return {"loss": loss, "size": x.detach().square().mean()}
+
+
+def config(**changes):
+    settings = {
+        "steps": 8, "batch_size": 4, "sequence_length": 6, "learning_rate": 1e-2, "warmup": 0.25, "log_every": 1,
+        "checkpoint_every": 3, "engine": "torch", "precision": "fp32", "gradient_clipping": 0.5,
+    }  # fmt: skip
+    return TrainingConfig(**{**settings, **changes})
+
+
+def batch_at(step):
+    return torch.randint(VOCAB, (4, 7), generator=torch.Generator().manual_seed(100 + step))
+
+
+def weights(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def main():
+    folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+    torch.set_num_threads(1)
+
+    def batch_with_trace(step):
+        (folder / f"step-{rank}").write_text(str(step))
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+        return batch_at(step)
+
+    for number, settings in enumerate(sys.argv[2:]):
+        module = Toy(dropout=float(os.environ.get("DROPOUT", "0")))
+        try:
+            train(module, batch_with_trace, TrainingConfig.from_json(settings), folder, "toy")
+        except Failure as failure:
+            print(failure, file=sys.stderr)
+            sys.exit(failure.exit_code)
+        safetensors.torch.save_file(weights(module), folder / f"weights-{number}-{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
