@@ -104,9 +104,7 @@ def _documents(cluster: int | None, run_dir: Path, clusters: ClusterManifest) ->
 
 
 def _from_seed(run_dir: Path, seed: SeedManifest) -> Decoder:
-    for ref in seed.outputs:
-        ref.check(run_dir)
-    decoder = Decoder.from_weights(*read_model(run_dir / seed.folder))
+    decoder = Decoder.from_weights(*read_model(run_dir, seed))
     return decoder.train().requires_grad_(True)
 
 

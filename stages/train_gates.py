@@ -32,7 +32,7 @@ def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesMani
     with claim_folder(run_dir, GatesManifest, config, inputs, force=force) as claim:
         if claim.finished:
             return claim.finished
-        seed = Decoder.from_weights(*read_model(run_dir / seed_manifest.folder))
+        seed = Decoder.from_weights(*read_model(run_dir, seed_manifest))
         experts = [_read_expert(run_dir, number, seed) for number in range(experts_manifest.metrics.experts)]
         layer = _layer(config, seed)
         rows = _rows_of_clusters(config, run_dir, tokens, clusters)
@@ -49,9 +49,7 @@ def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesMani
 
 def _read_expert(run_dir: Path, number: int, seed: Decoder) -> Decoder:
     folder = f"experts/{number:03d}"
-    for ref in ExpertManifest.read(run_dir, folder).outputs:
-        ref.check(run_dir)
-    expert = Decoder.from_weights(*read_model(run_dir / folder))
+    expert = Decoder.from_weights(*read_model(run_dir, ExpertManifest.read(run_dir, folder), folder))
     equal = all(torch.equal(own, other) for own, other in zip(expert.parameters(), seed.parameters(), strict=True))
     if equal:
         raise InputFailure(f"expert {number} equals the seed, so its gate has nothing to learn: train it for longer")

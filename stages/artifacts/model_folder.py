@@ -16,6 +16,7 @@ from torch import Tensor
 from schemas.decoder import DecoderConfig
 from schemas.failures import IntegrityFailure
 from schemas.files import FileRef, new_file, write_bytes
+from schemas.manifest import Manifest
 
 WEIGHTS = "model.safetensors"
 
@@ -60,10 +61,13 @@ def write_model(
     ]
 
 
-def read_model(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
-    """Read what `write_model` wrote. The caller has checked the digests."""
-    config = DecoderConfig.from_huggingface(json.loads((folder / "config.json").read_text()))
-    return config, read_tensors(folder / WEIGHTS)
+def read_model(run_dir: Path, manifest: Manifest, folder: str | None = None) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    """Read what `write_model` wrote into `folder` (the manifest's own by default), after checking its digests."""
+    for ref in manifest.outputs:
+        ref.check(run_dir)
+    path = run_dir / (folder or manifest.folder)
+    config = DecoderConfig.from_huggingface(json.loads((path / "config.json").read_text()))
+    return config, read_tensors(path / WEIGHTS)
 
 
 def checksum(weights: Mapping[str, Tensor]) -> float:

@@ -126,7 +126,7 @@ class CalmBridge(nn.Module):
         for linear in (self.q_proj, self.k_proj):
             nn.init.normal_(linear.weight, std=0.02)
         self.null_HC = nn.Parameter(torch.zeros(heads, width // heads))
-        self.open = nn.Parameter(torch.tensor(SHARE_INSIDE))
+        self.open = nn.Parameter(torch.full((1,), SHARE_INSIDE))  # a vector: DeepSpeed cannot send a scalar
         slopes = [STEEPEST * 4.0**-head for head in range(heads - 1)] + [0.0]
         self.register_buffer("slope_H", torch.tensor(slopes), persistent=False)
 

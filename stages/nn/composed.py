@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from schemas.compose_model import BridgeConfig, CentralConfig
+from schemas.decoder import DecoderConfig
+from schemas.train_gates import GateMode
 from stages.nn.attention import StackCache
 from stages.nn.bridges import CalmBridge, CalmCache, StitchBridge
 from stages.nn.central import (
@@ -187,6 +189,23 @@ class ComposedModel(nn.Module):
         model.central.load_weights(parts["central"])
         model.bridges.load_state_dict(parts["bridges"])
         return model.eval().requires_grad_(False)
+
+    @classmethod
+    def from_parts(
+        cls,
+        central: CentralConfig,
+        bridges: BridgeConfig,
+        weights: dict[str, Tensor],
+        experts: Sequence[tuple[DecoderConfig, dict[str, Tensor]]],
+        seed: tuple[DecoderConfig, dict[str, Tensor]],
+        gate: tuple[dict[str, Tensor], int, GateMode] | None,
+    ) -> Self:
+        """A composed model from what is on disk: decoders as (shape, weights), gates as (tensors, layer, mode)."""
+        decoders = [Decoder.from_weights(*expert) for expert in experts]
+        if gate is None:
+            return cls.from_weights(central, bridges, weights, decoders)
+        reader = SeedGate(Decoder.from_weights(*seed), ExpertGates.from_tensors(*gate))
+        return cls.from_weights(central, bridges, weights, decoders, reader)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to save: central model and bridges."""

@@ -1,0 +1,178 @@
+"""The Typer app: a command per stage, made from the stage's config, and the few commands that are not stages.
+
+- imports stand inside the functions that need them, and flags are made for the command asked for only: people wait
+  for `cpipe --help`
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpipe.pipeline import BY_COMMAND, PIPELINE, STAGES, TABLES, Stage
+
+if TYPE_CHECKING:
+    from schemas.manifest import Manifest
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
+SettingsFile = Annotated[Path | None, typer.Option("--settings", help="TOML file instead of RUN/cpipe.toml.")]
+Force = Annotated[bool, typer.Option("--force", help="Do it again although it is finished.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Inputs = Annotated[list[str] | None, typer.Argument(help="Text, as for `cpipe tokenize`.")]
+Until = Annotated[str | None, typer.Option(help="Last stage to run.")]
+
+GENERATE_HELP = "Continue a prompt with one of the run's models."
+
+
+def build_app(asked: str | None = None) -> typer.Typer:
+    """The command line; with flags for every stage, or only for the command `asked` for."""
+    app = typer.Typer(
+        name="cpipe",
+        help="From raw text to a composed language model, in staged commands.",
+        no_args_is_help=True,
+        pretty_exceptions_show_locals=False,
+    )
+    for stage in STAGES:
+        command = _stage_command(stage) if asked in (None, stage.command) else _without_flags
+        app.command(stage.command, help=stage.help)(command)
+    generate = _generate_command() if asked in (None, "generate") else _without_flags
+    app.command("generate", help=GENERATE_HELP)(generate)
+    app.command("run")(run)
+    app.command("status")(status)
+    app.command("demo")(demo)
+    return app
+
+
+def _without_flags() -> None:
+    """Stands for a command that was not asked for."""
+
+
+def _stage_command(stage: Stage) -> Any:
+    from cpipe.options import flags_of
+
+    def act(run: Path, flags: dict[str, Any], settings: Path | None, force: bool, as_json: bool) -> None:
+        from cpipe.console import session
+        from cpipe.settings import read_settings
+        from cpipe.show import show_manifest
+        from schemas.failures import UsageFailure
+
+        with session(run, stage.command):
+            tables = read_settings(run, settings, TABLES).get(stage.command, [{}])
+            if len(tables) > 1 and flags:
+                raise UsageFailure(
+                    f"the settings have {len(tables)} tables [[{stage.command}]], and flags would go to all of them: "
+                    "leave the flags out, or give another file with --settings"
+                )
+            manifests = [_run_stage(stage, run, table, flags, force) for table in tables]
+        for manifest in manifests:
+            show_manifest(manifest, run, as_json=as_json)
+
+    return flags_of(stage.config, act, {"settings": SettingsFile, "force": Force, "as_json": AsJson}, Run)
+
+
+def _run_stage(stage: Stage, run: Path, table: dict[str, Any], flags: dict[str, Any], force: bool) -> "Manifest":
+    from cpipe.settings import FILE_NAME, resolve
+
+    where = f"{run / FILE_NAME} [{stage.command}]" if table and not flags else f"cpipe {stage.command}"
+    return stage.run(resolve(stage.config, table, flags, where), run, force=force)
+
+
+def _generate_command() -> Any:
+    from cpipe.options import flags_of
+    from schemas.generate_text import GenerateConfig
+
+    def act(run: Path, flags: dict[str, Any], settings: Path | None, as_json: bool) -> None:
+        from cpipe.console import session
+        from cpipe.settings import read_settings, resolve
+
+        with session(run, "generate"):
+            (table, *_) = read_settings(run, settings, TABLES).get("generate", [{}])
+            config = resolve(GenerateConfig, table, flags, "cpipe generate")
+            from stages.generate_text import stream
+
+            pieces = []
+            for piece in stream(config, run):
+                pieces.append(piece)
+                if not as_json:
+                    print(piece, end="", flush=True)
+        print(json.dumps({"prompt": config.prompt, "text": "".join(pieces)}) if as_json else "")
+
+    return flags_of(GenerateConfig, act, {"settings": SettingsFile, "as_json": AsJson}, Run)
+
+
+def run(
+    run: Run,
+    inputs: Inputs = None,
+    until: Until = None,
+    settings: SettingsFile = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run every stage that is not up to date, in order, with the settings of RUN/cpipe.toml."""
+    from cpipe.console import session
+    from cpipe.show import show_manifest
+
+    with session(run, "run"):
+        manifest = _run_all(run, inputs or [], until, settings, force)
+    show_manifest(manifest, run, as_json=as_json)
+
+
+def _run_all(run: Path, inputs: list[str], until: str | None, settings: Path | None, force: bool) -> "Manifest":
+    """Run the stages up to `until`; returns the last one's manifest."""
+    from loguru import logger
+
+    from cpipe.settings import read_settings
+    from schemas.failures import UsageFailure
+
+    if until is not None and until not in PIPELINE:
+        raise UsageFailure(f"--until {until} is no stage; expected one of {', '.join(PIPELINE)}")
+    tables = read_settings(run, settings, TABLES)
+    for command in PIPELINE[: PIPELINE.index(until) + 1] if until else PIPELINE:
+        flags = {"inputs": inputs} if command == "tokenize" and inputs else {}
+        for table in tables.get(command, [{}]):
+            logger.info("{}", command)
+            manifest = _run_stage(BY_COMMAND[command], run, table, flags, force)
+    return manifest
+
+
+def status(run: Run, as_json: AsJson = False) -> None:
+    """Show how far a run has got; reads only manifests."""
+    from cpipe.console import session
+    from cpipe.show import show_status
+    from schemas.failures import UsageFailure
+
+    with session(run, "status", log=False):
+        if not run.is_dir():
+            raise UsageFailure(f"no run at {run}: `cpipe tokenize {run} FILES` begins one")
+        show_status(run, [(stage.command, stage.manifest) for stage in STAGES], as_json=as_json)
+
+
+def demo(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")] = Path("runs/demo"),
+    force: Force = False,
+) -> None:
+    """Run the whole pipeline on text found in this Python installation: no download, minutes on two cores."""
+    from cpipe.console import session
+    from cpipe.demo import write_settings
+    from cpipe.settings import read_settings
+    from cpipe.show import show_evaluation, show_samples
+
+    with session(run, "demo"):
+        write_settings(run)
+        (table, *_) = read_settings(run, None, TABLES).get("collect", [{}])
+        _run_stage(BY_COMMAND["collect"], run, table, {}, force)
+        manifest = _run_all(run, [str(run / "corpus" / "*.jsonl")], None, None, force)
+        samples = _samples(run)
+    show_evaluation(manifest, run)
+    show_samples(samples)
+
+
+def _samples(run: Path) -> dict[str, str]:
+    """A few lines from a few models."""
+    from cpipe.demo import PROMPT, SAMPLED
+    from schemas.generate_text import GenerateConfig
+    from stages.generate_text import stream
+
+    configs = {model: GenerateConfig(prompt=PROMPT, model=model, max_tokens=60) for model in SAMPLED}
+    return {model: PROMPT + "".join(stream(config, run)) for model, config in configs.items()}

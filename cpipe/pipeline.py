@@ -1,0 +1,53 @@
+"""The commands that are stages, in pipeline order: one line each, and nothing else to keep in sync.
+
+- a stage's schema is imported when it is asked for, and the stage itself, and with it torch, when it runs: so the list
+  of commands costs nothing
+"""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from schemas.manifest import Manifest
+    from schemas.strict import Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as the command line knows it: its verb, its name in `stages/` and `schemas/`, its schema's prefix."""
+
+    command: str
+    module: str
+    prefix: str
+    help: str
+
+    @property
+    def config(self) -> "type[Config]":
+        """The type of its settings."""
+        return getattr(importlib.import_module(f"schemas.{self.module}"), f"{self.prefix}Config")
+
+    @property
+    def manifest(self) -> "type[Manifest]":
+        """The type of its manifest."""
+        return getattr(importlib.import_module(f"schemas.{self.module}"), f"{self.prefix}Manifest")
+
+    def run(self, config: "Config", run_dir: Path, *, force: bool) -> Any:
+        """Load the stage and run it. Returns its manifest."""
+        return importlib.import_module(f"stages.{self.module}").run(config, run_dir, force=force)
+
+
+STAGES = (
+    Stage("collect", "collect_text", "Collect", "Collect sample text from this Python installation."),
+    Stage("tokenize", "tokenize_text", "Tokenize", "Turn text into Arrow token shards."),
+    Stage("cluster", "cluster_documents", "Cluster", "Find the domains of the documents (cBTM)."),
+    Stage("train-seed", "train_seed", "Seed", "Train the decoder that all experts start from."),
+    Stage("train-experts", "train_experts", "Experts", "Train one expert per cluster, and a dense baseline."),
+    Stage("train-gates", "train_gates", "Gates", "Learn when each expert is worth asking (PHATGOOSE)."),
+    Stage("compose", "compose_model", "Compose", "Bridge experts into a central concept model (CALM)."),
+    Stage("evaluate", "evaluate_models", "Evaluate", "Compare all models of the run in bits per byte."),
+)
+BY_COMMAND = {stage.command: stage for stage in STAGES}
+PIPELINE = tuple(stage.command for stage in STAGES if stage.command != "collect")
+TABLES = (*BY_COMMAND, "generate")  # what cpipe.toml may hold

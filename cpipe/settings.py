@@ -1,0 +1,94 @@
+"""Settings of a stage: defaults, over them the stage's table in cpipe.toml, over it the flags.
+
+- a stage's config may be nested; on the command line and in TOML its leaves stand side by side under their own names
+- `[[compose]]` instead of `[compose]` runs the stage once per table
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from schemas.failures import UsageFailure
+from schemas.strict import Config, validated
+
+FILE_NAME = "cpipe.toml"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting: the names that lead to it, its field, its default."""
+
+    path: tuple[str, ...]
+    field: FieldInfo
+    default: Any
+
+    @property
+    def name(self) -> str:
+        """Its name in TOML; with dashes, its flag."""
+        return self.path[-1]
+
+
+def leaves(config_type: type[BaseModel], path: tuple[str, ...] = (), defaults: Any = None) -> Iterator[Leaf]:
+    """All settings of a config, nested ones included, in the order of their definition."""
+    for name, field in config_type.model_fields.items():
+        default = getattr(defaults, name) if defaults is not None else field.get_default()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaves(field.annotation, (*path, name), default)
+        else:
+            yield Leaf((*path, name), field, default)
+
+
+def read_settings(run_dir: Path, file: Path | None, commands: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """The tables of the settings file, one list per command.
+
+    Raises UsageFailure for a file that is missing, is not TOML, or has a table that is no command.
+    """
+    path = file or run_dir / FILE_NAME
+    if not path.is_file():
+        if file:
+            raise UsageFailure(f"no settings file {path}")
+        return {}
+    try:
+        content = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageFailure(f"{path} is not valid TOML: {error}") from error
+    tables = {}
+    for command, value in content.items():
+        if command not in commands:
+            raise UsageFailure(f"{path}: unknown table [{command}]{_suggestion(command, commands)}")
+        tables[command] = value if isinstance(value, list) else [value]
+        if not all(isinstance(table, dict) for table in tables[command]):
+            raise UsageFailure(f"{path}: [{command}] must be a table of settings")
+    return tables
+
+
+def resolve(config_type: type[Config], table: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> Any:
+    """The config from a TOML table and the flags given. Raises UsageFailure in one line."""
+    known = {leaf.name: leaf for leaf in leaves(config_type)}
+    nested: dict[str, Any] = {}
+    for leaf in known.values():  # start from the defaults of this stage, which may differ from the nested model's own
+        _place(nested, leaf.path, leaf.default)
+    for name, value in {**table, **flags}.items():
+        if name not in known:
+            raise UsageFailure(f"{where}: unknown setting `{name}`{_suggestion(name, known)}")
+        _place(nested, known[name].path, value)
+    return validated(config_type, nested, where)
+
+
+def _place(nested: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        nested = nested.setdefault(name, {})
+    nested[path[-1]] = value
+
+
+def _suggestion(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1) or difflib.get_close_matches(
+        name, list(known), n=1
+    )
+    return f"; did you mean `{close[0]}`?" if close else f"; expected one of {', '.join(known)}"

@@ -1,0 +1,126 @@
+"""Results as short tables on standard output."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from schemas.manifest import FILE_NAME, Manifest
+from schemas.strict import Strict
+
+OUT = Console()
+MOST_ROWS = 40
+CELL = 60  # characters shown of a long value
+
+
+def show_manifest(manifest: Manifest, run_dir: Path, *, as_json: bool) -> None:
+    """Print what a stage measured and where it wrote."""
+    if as_json:
+        print(json.dumps(manifest.to_json(), indent=2, sort_keys=True))
+        return
+    if manifest.command == "evaluate":
+        show_evaluation(manifest, run_dir)
+        return
+    OUT.print(f"[bold]{manifest.command}[/] finished in {run_dir}: {len(manifest.outputs)} files")
+    scalars = Table(box=None, show_header=False)
+    for name, value in _flat(manifest.metrics):
+        if isinstance(value, tuple) and value and isinstance(value[0], Strict):
+            show_rows(name, value)
+        elif not isinstance(value, (tuple, dict)):
+            scalars.add_row(name.replace("_", " "), cell(value))
+    OUT.print(scalars)
+
+
+def show_evaluation(manifest: Manifest, run_dir: Path) -> None:
+    """The table of models, and where it and its plot lie."""
+    metrics = dict(manifest.metrics)
+    table = Table(title=f"{metrics['tokens']:,} held-out tokens of {metrics['documents']:,} documents")
+    table.add_column("model")
+    for name in ("bits/byte", "vs dense", "macro", "parameters", "active", "train FLOPs", "FLOPs/token"):
+        table.add_column(name, justify="right")
+    for row in metrics["rows"]:
+        against = "–" if row.against_dense is None else f"{row.against_dense:+.2f} %"
+        costs = (f"{row.parameters / 1e6:.1f} M", f"{row.active_parameters / 1e6:.1f} M", f"{row.training_flops:.1e}")
+        scores = (f"{row.bits_per_byte:.4f}", against, f"{row.macro_bits_per_byte:.4f}")
+        table.add_row(row.model, *scores, *costs, f"{row.inference_flops / 1e6:.1f} M")
+    OUT.print(table)
+    if metrics["usage"]:
+        show_rows("bits per byte lost without a part", metrics["usage"])
+    for ref in manifest.outputs:
+        OUT.print(str(run_dir / ref.path), soft_wrap=True, highlight=False)
+
+
+def show_status(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]], *, as_json: bool) -> None:
+    """Which stages are finished, when, and how long they took. Reads only manifests."""
+    found = []
+    for command, kind in stages:
+        path = run_dir / kind.folder / FILE_NAME
+        entry: dict[str, Any] = {"stage": command, "folder": kind.folder, "state": "not finished"}
+        if path.is_file():
+            environment = kind.parse(path).environment
+            entry |= {"state": "finished", "started": environment.started, "seconds": environment.seconds}
+        elif (run_dir / kind.folder).is_dir():
+            members = sorted(part.parent.name for part in (run_dir / kind.folder).glob(f"*/{FILE_NAME}"))
+            entry["state"] = f"begun ({len(members)} members finished)" if members else "begun"
+        found.append(entry)
+    if as_json:
+        print(json.dumps({"run": str(run_dir), "stages": found}, indent=2))
+        return
+    table = Table(title=str(run_dir))
+    for name in ("stage", "folder", "state", "started", "seconds"):
+        table.add_column(name)
+    for entry in found:
+        table.add_row(*(cell(entry.get(name)) for name in ("stage", "folder", "state", "started", "seconds")))
+    OUT.print(table)
+
+
+def show_samples(samples: dict[str, str]) -> None:
+    """What some models wrote, by model."""
+    for model, text in samples.items():
+        OUT.print(f"[bold]{model}[/]", highlight=False)
+        OUT.print(text, markup=False, highlight=False)
+
+
+def show_rows(title: str, rows: tuple[Strict, ...]) -> None:
+    """A table with a line per record; columns that are empty everywhere are left out."""
+    table = Table(title=title.replace("_", " "), title_justify="left")
+    records = [dict(row) for row in rows[:MOST_ROWS]]
+    names = [name for name in records[0] if any(record[name] not in (None, (), {}) for record in records)]
+    names = [name for name in names if not isinstance(records[0][name], Strict)]
+    for name in names:
+        number = all(isinstance(record[name], (int, float, type(None))) for record in records)
+        table.add_column(name.replace("_", " "), justify="right" if number else "left")
+    for record in records:
+        table.add_row(*(cell(record[name]) for name in names))
+    OUT.print(table)
+
+
+def cell(value: Any) -> str:
+    """A value as a person reads it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, dict):
+        value = [f"{name} {cell(count)}" for name, count in value.items()]
+    if isinstance(value, (tuple, list)):
+        value = ", ".join(cell(part) for part in value)
+    text = str(value)
+    return text if len(text) <= CELL else text[: CELL - 1] + "…"
+
+
+def _flat(model: Strict, prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in model:
+        if isinstance(value, Strict):
+            found += _flat(value, f"{prefix}{name} ")
+        else:
+            found.append((prefix + name, value))
+    return found

@@ -1,0 +1,67 @@
+"""Settings and manifest of evaluate: the table in which all models of a run stand beside each other."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from schemas.manifest import Manifest
+from schemas.strict import Config, Strict, runtime_setting
+
+
+class EvaluateConfig(Config):
+    """How the held-out text is scored."""
+
+    tokens: int = Field(200_000, gt=0, description="Held-out tokens scored, at most; whole documents of every source.")
+    top_k: tuple[int, ...] = Field((1, 2, 4), description="Numbers of experts that cBTM and the gates may mix.")
+    forgetting: float = Field(
+        0.9, gt=0, le=1, description="Factor per token by which the forgetting Bayes posterior trusts older evidence."
+    )
+    score_batch_size: int = runtime_setting(16, "Windows scored at a time.", gt=0)
+
+
+class ModelRow(Strict):
+    """One model's line of the table."""
+
+    model: str = Field(description="Which model, or which way to combine the experts.")
+    group: str = Field(description="What it belongs to: single, ensemble, gates, central, composed or control.")
+    bits_per_byte: float = Field(description="Over all scored text; lower is better.")
+    against_dense: float | None = Field(description="Relative difference of bits per byte to dense, in percent.")
+    macro_bits_per_byte: float = Field(description="Mean over the sources, each counting the same.")
+    perplexity: float = Field(description="Per token.")
+    parameters: int = Field(description="Weights that have to be stored.")
+    active_parameters: int = Field(description="Weights that work on a token, on average.")
+    training_flops: float = Field(description="Spent on training everything it is made of.")
+    inference_flops: float = Field(description="Per token, caches kept, each model catching up where it joins late.")
+    sources: dict[str, float] = Field(description="Bits per byte of each source.")
+    clusters: dict[str, float] = Field(description="Bits per byte of each cluster.")
+
+
+class UsageRow(Strict):
+    """What a composed or central model loses without one of its parts, in bits per byte."""
+
+    model: str = Field(description="The model.")
+    part: str = Field(description="What is taken away.")
+    difference: float = Field(description="Bits per byte without it minus with it; positive when it is of use.")
+
+
+class EvaluateMetrics(Strict):
+    """The table and what it was measured on."""
+
+    rows: tuple[ModelRow, ...] = Field(description="The table, best first.")
+    usage: tuple[UsageRow, ...] = Field(description="What each part of a central model contributes.")
+    prefix_gap: float = Field(
+        ge=0, description="Largest change of a log-probability when the model is given the true prefix only, nats."
+    )
+    documents: int = Field(description="Documents scored.")
+    tokens: int = Field(description="Tokens scored.")
+    bytes: int = Field(description="Bytes of text scored.")
+
+
+class EvaluateManifest(Manifest):
+    """Manifest of `reports/`: table.json, table.md, bits_per_byte.png."""
+
+    command: ClassVar[str] = "evaluate"
+    folder: ClassVar[str] = "reports"
+
+    config: EvaluateConfig
+    metrics: EvaluateMetrics

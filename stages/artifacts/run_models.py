@@ -1,0 +1,118 @@
+"""What a run holds that can be scored or continued: manifests, and the models as plain shapes and weights."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from schemas.compose_model import BridgeConfig, CentralAloneManifest, CentralConfig, ComposeManifest
+from schemas.decoder import DecoderConfig
+from schemas.failures import UsageFailure
+from schemas.manifest import FILE_NAME, InputRef, Manifest
+from schemas.train_experts import ExpertManifest, ExpertsManifest
+from schemas.train_gates import GatesManifest
+from schemas.train_seed import SeedManifest
+from stages.artifacts.model_folder import WEIGHTS, read_model, read_tensors
+
+Weights = tuple[DecoderConfig, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class RunModels:
+    """The finished models of a run. Compositions and the gates may be missing, seed and experts may not."""
+
+    run_dir: Path
+    seed: SeedManifest
+    experts: tuple[ExpertManifest, ...]
+    dense: ExpertManifest | None
+    gates: GatesManifest | None
+    central: CentralAloneManifest | None
+    compositions: dict[str, ComposeManifest]
+
+    @classmethod
+    def find(cls, run_dir: Path) -> "RunModels":
+        """Read the manifests. Raises UsageFailure when there are no experts."""
+        members = ExpertsManifest.read(run_dir)
+        numbers = range(members.metrics.experts)
+        compositions = {}
+        for path in sorted(run_dir.glob(f"central*/{FILE_NAME}")):
+            if path.parent.name != CentralAloneManifest.folder:
+                compositions[path.parent.name] = ComposeManifest.parse(path)
+        return cls(
+            run_dir,
+            SeedManifest.read(run_dir),
+            tuple(ExpertManifest.read(run_dir, expert_folder(number)) for number in numbers),
+            _maybe(ExpertManifest, run_dir, "dense"),
+            _maybe(GatesManifest, run_dir, GatesManifest.folder),
+            _maybe(CentralAloneManifest, run_dir, CentralAloneManifest.folder),
+            compositions,
+        )
+
+    def as_inputs(self) -> list[InputRef]:
+        """Every model's manifest, as inputs of a stage."""
+        named: dict[str, Manifest | None] = {
+            "seed": self.seed,
+            **{expert_folder(number): expert for number, expert in enumerate(self.experts)},
+            "dense": self.dense,
+            "gates": self.gates,
+            CentralAloneManifest.folder: self.central,
+            **self.compositions,
+        }
+        return [manifest.as_input(name) for name, manifest in named.items() if manifest is not None]
+
+    @cache  # noqa: B019  # a run's models are read once per process, which ends with the command
+    def decoder(self, folder: str) -> Weights:
+        """Shape and weights of `seed`, `dense` or `experts/007`. Raises UsageFailure when there is no such model."""
+        if folder == "seed":
+            return read_model(self.run_dir, self.seed)
+        return read_model(self.run_dir, ExpertManifest.read(self.run_dir, folder), folder)
+
+    def gate_tensors(self) -> dict[str, Tensor]:
+        """The gates' tensors; empty without gates."""
+        if self.gates is None:
+            return {}
+        return read_tensors(self.gates.output("gates.safetensors").check(self.run_dir))
+
+    def central_alone(self) -> tuple[CentralConfig, dict[str, Tensor]]:
+        """Shape and weights of the central model before it met the experts."""
+        if self.central is None:
+            raise UsageFailure(f"no central model in {self.run_dir}: run `cpipe compose {self.run_dir}` first")
+        shape = CentralConfig.from_json(self.central.output("config.json").check(self.run_dir).read_bytes())
+        return shape, read_tensors(self.central.output(WEIGHTS).check(self.run_dir))
+
+    def composition(self, name: str) -> dict[str, Any]:
+        """All parts of a composition, by the names of the arguments that put them together.
+
+        Raises UsageFailure when there is no composition of that name.
+        """
+        manifest = self.compositions.get(name)
+        if manifest is None:
+            known = ", ".join(self.compositions) or "none"
+            raise UsageFailure(f"no composition {name!r} in {self.run_dir} (there: {known}): run `cpipe compose` first")
+        shapes = json.loads(manifest.output("config.json").check(self.run_dir).read_text())
+        trained = manifest.config.experts == "trained"
+        numbers = range(len(self.experts))
+        gate = None
+        if manifest.config.gates != "none" and self.gates is not None:
+            gate = (self.gate_tensors(), self.gates.metrics.layer, manifest.config.gates)
+        return {
+            "central": CentralConfig.from_mapping(shapes["central"]),
+            "bridges": BridgeConfig.from_mapping(shapes["bridges"]),
+            "weights": read_tensors(manifest.output(WEIGHTS).check(self.run_dir)),
+            "experts": [self.decoder(expert_folder(number) if trained else "seed") for number in numbers],
+            "seed": self.decoder("seed"),
+            "gate": gate,
+        }
+
+
+def expert_folder(number: int) -> str:
+    """Folder of an expert in the run."""
+    return f"experts/{number:03d}"
+
+
+def _maybe(kind: Any, run_dir: Path, folder: str) -> Any:
+    """The manifest of a stage that may not have run."""
+    return kind.read(run_dir, folder) if (run_dir / folder / FILE_NAME).is_file() else None

@@ -1,0 +1,97 @@
+"""Held-out documents cut into windows for scoring: every token of a document is predicted exactly once.
+
+- a window's input starts with the token before it (the separator, for a document's first), so nothing is predicted from
+  nothing; its context is the window alone, the same for every model
+- results of all models are flat arrays over the same tokens, in the order of the documents
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.data.token_store import TokenStore
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """Some windows padded to one length: `ids` and `targets` int64 [B, T], and where their tokens lie, flat."""
+
+    ids: Tensor
+    targets: Tensor
+    real: np.ndarray  # bool [B, T]
+    place: np.ndarray  # int64 [tokens in the batch]: flat numbers of the real tokens
+
+
+class Windows:
+    """The windows of some documents of a store."""
+
+    def __init__(self, store: TokenStore, documents: Sequence[int], end_of_text: int, length: int) -> None:
+        self.documents = np.asarray(documents, dtype=np.int64)
+        self.lengths = store.lengths[self.documents]
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.tokens = int(self.starts[-1])
+        self.bytes = int(store.bytes[self.documents].sum())
+        self._store = store
+        self._end_of_text = end_of_text
+        self._length = length
+
+    def document_tokens(self, number: int) -> np.ndarray:
+        """The ids of the number-th of these documents."""
+        return self._store.tokens(int(self.documents[number]))
+
+    def window_starts(self) -> np.ndarray:
+        """Flat numbers of the tokens with which a window begins."""
+        ends = self.starts[1:]
+        return np.concatenate(
+            [np.arange(start, end, self._length) for start, end in zip(self.starts, ends, strict=False)]
+        )
+
+    def batches(self, size: int) -> Iterator[WindowBatch]:
+        """All windows, `size` at a time, those of like length together so that little is padding."""
+        spans = [
+            (number, first, min(first + self._length, int(count)))
+            for number, count in enumerate(self.lengths)
+            for first in range(0, int(count), self._length)
+        ]
+        spans.sort(key=lambda span: (span[1] - span[2], span))
+        for start in range(0, len(spans), size):
+            yield self._batch(spans[start : start + size])
+
+    def _batch(self, spans: list[tuple[int, int, int]]) -> WindowBatch:
+        longest = max(last - first for _, first, last in spans)
+        ids = np.full((len(spans), longest), self._end_of_text, dtype=np.int64)
+        targets = ids.copy()
+        real = np.zeros(ids.shape, dtype=bool)
+        place = []
+        for row, (number, first, last) in enumerate(spans):
+            document = self.document_tokens(number)
+            targets[row, : last - first] = document[first:last]
+            ids[row, 1 : last - first] = document[first : last - 1]
+            if first:
+                ids[row, 0] = document[first - 1]
+            real[row, : last - first] = True
+            place.append(self.starts[number] + np.arange(first, last))
+        return WindowBatch(torch.from_numpy(ids), torch.from_numpy(targets), real, np.concatenate(place))
+
+
+def choose_documents(store: TokenStore, tokens: int) -> list[int]:
+    """Whole documents of at most `tokens` tokens together, every source getting the same share where it has so much.
+
+    In the order of the store within each source, which tokenize leaves unrelated to the split.
+    """
+    sources = np.asarray(store.sources)
+    names = sorted(set(store.sources))
+    chosen: list[int] = []
+    budget = tokens
+    by_size = sorted(names, key=lambda name: int(store.lengths[sources == name].sum()))
+    for left, name in zip(range(len(names), 0, -1), by_size, strict=True):
+        taken = 0
+        for document in np.flatnonzero(sources == name):
+            if taken + store.lengths[document] <= budget // left:
+                chosen.append(int(document))
+                taken += int(store.lengths[document])
+        budget -= taken
+    return sorted(chosen)

@@ -1,0 +1,171 @@
+"""Continue a prompt with any model of the run, token by token, with caches.
+
+- cBTM runs only the experts it mixes for a token; one that is chosen later first reads what it has missed
+- a context that reaches the length the models were trained on goes on from its second half
+- text comes out as soon as its bytes are complete, but for what may still become a stop text
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from schemas.cluster_documents import ClusterManifest
+from schemas.failures import UsageFailure
+from schemas.generate_text import GenerateConfig
+from schemas.tokenize_text import TokenizeManifest
+from stages.artifacts.model_folder import device, read_tensors
+from stages.artifacts.run_models import RunModels, expert_folder
+from stages.clustering.features import normalised
+from stages.clustering.routing import cluster_weights
+from stages.nn.composed import ComposedModel
+from stages.nn.decoder import Decoder
+from stages.nn.sampling import draw
+
+
+class Reader(Protocol):
+    """A model in the middle of a text."""
+
+    def read(self, ids: list[int]) -> Tensor:
+        """Take further tokens; log-probabilities [V] of the next one."""
+
+
+def stream(config: GenerateConfig, run_dir: Path) -> Iterator[str]:
+    """Pieces of the continuation, as they are drawn. Raises UsageFailure when the run has no such model."""
+    tokens, models = TokenizeManifest.read(run_dir), RunModels.find(run_dir)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokens.output("tokenizer.json").check(run_dir)))
+    tokenizer.encode_special_tokens = True  # the name of a special token in a prompt is text like any other
+    end = tokens.metrics.end_of_text
+    prompt = [end, *tokenizer.encode(config.prompt, add_special_tokens=False).ids]
+    drawn = _draw_tokens(config, run_dir, models, prompt, end)
+    return _until_stop(_decode(tokenizer, drawn), config.stop)
+
+
+def _draw_tokens(
+    config: GenerateConfig, run_dir: Path, models: RunModels, prompt: list[int], end: int
+) -> Iterator[int]:
+    limit = models.decoder("seed")[0].max_position_embeddings
+    generator = torch.Generator().manual_seed(config.random_seed)
+    context = prompt[-limit:]
+    reader, unread = _reader(config, run_dir, models), context
+    for _ in range(config.max_tokens):
+        if len(context) > limit:
+            context = context[-(limit // 2) :]
+            reader, unread = _reader(config, run_dir, models), context
+        log_probs = reader.read(unread).float().cpu()
+        token = draw(log_probs, config.temperature, config.sample_top_k, config.sample_top_p, generator)
+        if token == end:
+            return
+        yield token
+        context, unread = [*context, token], [token]
+
+
+def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
+    """The model `config.model` names. Raises UsageFailure."""
+    name = config.model
+    if name in ("seed", "dense"):
+        return DecoderReader(_decoder(models, name))
+    if name.startswith("expert:"):
+        number = name.removeprefix("expert:")
+        if not number.isdigit() or int(number) >= len(models.experts):
+            raise UsageFailure(f"--model {name}: experts are expert:0 to expert:{len(models.experts) - 1}")
+        return DecoderReader(_decoder(models, expert_folder(int(number))))
+    if name == "cbtm":
+        return ClusterMixReader(config, run_dir, models)
+    return ComposedReader(ComposedModel.from_parts(**models.composition(name)).to(device()))
+
+
+def _decoder(models: RunModels, folder: str) -> Decoder:
+    return Decoder.from_weights(*models.decoder(folder)).to(device())
+
+
+def _batch(ids: list[int]) -> Tensor:
+    return torch.tensor([ids], dtype=torch.long, device=device())
+
+
+class DecoderReader:
+    """One decoder with its cache; `pending` tokens wait until it is asked."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.pending: list[int] = []
+        self._cache = decoder.new_cache()
+
+    @torch.no_grad()
+    def read(self, ids: list[int]) -> Tensor:
+        """See Reader."""
+        self.pending += ids
+        states = self.decoder.hidden_states(_batch(self.pending), self._cache)
+        self.pending = []
+        return self.decoder.lm_head(states[-1][0, -1]).float().log_softmax(-1)
+
+
+class ClusterMixReader:
+    """The experts nearest to the text so far, their probabilities mixed (cBTM)."""
+
+    def __init__(self, config: GenerateConfig, run_dir: Path, models: RunModels) -> None:
+        clusters = ClusterManifest.read(run_dir)
+        self._vectors = read_tensors(clusters.output("vectorizer.safetensors").check(run_dir))["token_vectors"].numpy()
+        self._centroids = read_tensors(clusters.output("centroids.safetensors").check(run_dir))["centroids"].numpy()
+        self._temperature = clusters.config.temperature
+        self._top_k = config.experts
+        self._sum = np.zeros(self._vectors.shape[1], np.float32)
+        self._experts = [DecoderReader(_decoder(models, expert_folder(n))) for n in range(len(models.experts))]
+
+    def read(self, ids: list[int]) -> Tensor:
+        """See Reader."""
+        self._sum = self._sum + self._vectors[ids].sum(0)
+        weights = cluster_weights(normalised(self._sum[None]), self._centroids, self._temperature, self._top_k)[0]
+        mixed = []
+        for weight, expert in zip(weights.tolist(), self._experts, strict=True):
+            if weight > 0:
+                mixed.append(expert.read(ids) + np.log(weight))
+            else:
+                expert.pending += ids
+        return torch.stack(mixed).logsumexp(0)
+
+
+class ComposedReader:
+    """A composed model with all its caches."""
+
+    def __init__(self, model: ComposedModel) -> None:
+        self._model = model
+        self._cache = model.new_cache()
+
+    @torch.no_grad()
+    def read(self, ids: list[int]) -> Tensor:
+        """See Reader."""
+        return self._model(_batch(ids), self._cache).logits_BTV[0, -1].log_softmax(-1)
+
+
+def _decode(tokenizer: tokenizers.Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """Text of the tokens, each piece as soon as its bytes are whole characters."""
+    decoder = DecodeStream(skip_special_tokens=True)
+    for token in tokens:
+        if piece := decoder.step(tokenizer, token):
+            yield piece
+
+
+def _until_stop(pieces: Iterator[str], stop: tuple[str, ...]) -> Iterator[str]:
+    """The pieces up to the first stop text, holding back what may become one."""
+    if not stop:
+        yield from pieces
+        return
+    held = ""
+    longest = max(map(len, stop))
+    for piece in pieces:
+        held += piece
+        found = [held.index(text) for text in stop if text in held]
+        if found:
+            yield held[: min(found)]
+            return
+        ready = max(0, len(held) - longest + 1)
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+    yield held

@@ -1,0 +1,63 @@
+"""The table of models as Markdown and as a picture."""
+
+import io
+from collections.abc import Sequence
+
+from schemas.evaluate_models import ModelRow, UsageRow
+
+COLORS = {
+    "single": "#4c78a8",
+    "ensemble": "#72b7b2",
+    "gates": "#54a24b",
+    "central": "#eeca3b",
+    "composed": "#e45756",
+    "control": "#bab0ac",
+}
+
+
+def markdown(rows: Sequence[ModelRow], usage: Sequence[UsageRow]) -> str:
+    """The table, best row first, and what the parts of the central models contribute."""
+    lines = [
+        "| model | bits/byte | against dense | macro | perplexity | parameters | active | training FLOPs "
+        "| FLOPs/token |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        against = "–" if row.against_dense is None else f"{row.against_dense:+.2f} %"
+        lines.append(
+            f"| {row.model} | {row.bits_per_byte:.4f} | {against} | {row.macro_bits_per_byte:.4f} | "
+            f"{row.perplexity:.2f} | {row.parameters / 1e6:.2f} M | {row.active_parameters / 1e6:.2f} M | "
+            f"{row.training_flops:.2e} | {row.inference_flops / 1e6:.1f} M |"
+        )
+    if usage:
+        lines += ["", "| model | without | bits/byte lost |", "|---|---|--:|"]
+        lines += [f"| {row.model} | {row.part} | {row.difference:+.4f} |" for row in usage]
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[ModelRow]) -> bytes:
+    """Bars of bits per byte, and a heat map of every model's bits per byte on every source. PNG."""
+    from matplotlib.figure import Figure
+
+    sources = list(rows[0].sources)
+    height = 1.5 + 0.28 * len(rows)
+    figure = Figure(figsize=(9 + 0.8 * len(sources), height), layout="constrained")
+    bars, heat = figure.subplots(1, 2, width_ratios=[3, 0.55 * len(sources) + 0.5])
+    names = [row.model for row in rows]
+    values = [row.bits_per_byte for row in rows]
+    bars.barh(names, values, color=[COLORS.get(row.group, "#999999") for row in rows])
+    bars.set_xlim(min(values) * 0.97, min(max(values), min(values) * 1.5) * 1.02)
+    bars.invert_yaxis()
+    bars.set_xlabel("bits per byte (lower is better; the axis does not start at 0)")
+    for place, value in enumerate(values):
+        bars.annotate(f"{value:.3f}", (min(value, bars.get_xlim()[1]), place), va="center", ha="right", fontsize=8)
+    # Each source relative to its best model: sources differ far more in difficulty than models in skill.
+    best = {source: min(row.sources[source] for row in rows) for source in sources}
+    relative = [[100 * (row.sources[source] / best[source] - 1) for source in sources] for row in rows]
+    image = heat.imshow(relative, aspect="auto", cmap="viridis_r", vmin=0, vmax=15)
+    heat.set_xticks(range(len(sources)), sources, rotation=60, ha="right", fontsize=8)
+    heat.set_yticks([])
+    figure.colorbar(image, ax=heat, label="% above the best model of the source")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
