@@ -1,6 +1,7 @@
 """Results as short tables on standard output."""
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.table import Table
 from schemas.manifest import FILE_NAME, Manifest
 from schemas.strict import Strict
 
-OUT = Console()
+OUT = Console(width=None if sys.stdout.isatty() else 170)  # a table in a file must not be squeezed
 MOST_ROWS = 40
 CELL = 60  # characters shown of a long value
 

@@ -10,6 +10,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -231,8 +232,8 @@ class Evaluation:
         central_training = 0.0
         if self.models.central:
             shape, weights = self.models.central_alone()
-            central = CentralModel.from_weights(shape, weights).to(device()).eval()
-            flops = forward_flops(central.cpu(), self.shape.max_position_embeddings)
+            central = CentralModel.from_weights(shape, weights).eval().requires_grad_(False)
+            flops = forward_flops(central, self.shape.max_position_embeddings)
             central.to(device())
             tokens = self.models.central.metrics.training.tokens
             central_training = BACKWARD_AND_FORWARD * flops * tokens
@@ -263,9 +264,8 @@ class Evaluation:
 
     def _add_usage(self, label: str, model: torch.nn.Module, whole: Tensor, parts: tuple[str, ...]) -> None:
         for part in parts:
-            without = self.score(
-                lambda ids, part=part: model(ids, ablate=frozenset({part})).logits_BTV, f"{label} without {part}"
-            )
+            ablate = frozenset({part})
+            without = self.score(partial(_logits, model, ablate), f"{label} without {part}")
             difference = self.table.bits_per_byte(without) - self.table.bits_per_byte(whole)
             self.usage.append(UsageRow(model=label, part=part, difference=round(difference, 6)))
         self.prefix_gap = max(self.prefix_gap, self._gap_to_prefix(model))
@@ -292,6 +292,10 @@ class Evaluation:
             tokens=self.windows.tokens,
             bytes=self.windows.bytes,
         )
+
+
+def _logits(model: torch.nn.Module, ablate: frozenset[str], ids: Tensor) -> Tensor:
+    return model(ids, ablate=ablate).logits_BTV
 
 
 def _top(count: int | None) -> str:

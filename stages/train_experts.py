@@ -13,7 +13,7 @@ import numpy as np
 
 from schemas.cluster_documents import ClusterManifest
 from schemas.failures import UsageFailure
-from schemas.manifest import InputRef
+from schemas.manifest import FILE_NAME, InputRef
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import (
     ExpertConfig,
@@ -67,6 +67,8 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
     with claim_folder(run_dir, ExpertManifest, config, inputs, folder=folder, force=force) as claim:
         if claim.finished:
             return claim.finished
+        # The manifest of all members says that each is finished: from here on one is not.
+        (run_dir / ExpertsManifest.folder / FILE_NAME).unlink(missing_ok=True)
         training = config.training
         documents = _documents(config.cluster, run_dir, clusters)
         store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])

@@ -20,7 +20,7 @@ from stages.artifacts.model_folder import WEIGHTS, read_model, read_tensors
 Weights = tuple[DecoderConfig, dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunModels:
     """The finished models of a run. Compositions and the gates may be missing, seed and experts may not."""
 
