@@ -90,7 +90,7 @@ def test_a_changed_model_is_refused(seeded_run, copied_run):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(IntegrityFailure, match="model.safetensors was changed after it was written"):
+    with pytest.raises(IntegrityFailure, match=r"model.safetensors was changed after it was written"):
         read_model(run_dir, SeedManifest.read(run_dir))
 
 

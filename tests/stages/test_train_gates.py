@@ -1,0 +1,213 @@
+import copy
+import shutil
+
+import pytest
+import torch
+
+from schemas.failures import InputFailure, IntegrityFailure, UsageFailure
+from schemas.files import digest_of
+from schemas.train_experts import ExpertsConfig
+from schemas.train_gates import GatesConfig, GatesManifest
+from schemas.training import TrainingConfig
+from stages import train_experts, train_gates
+from stages.artifacts.model_folder import checksum, read_tensors
+
+TRAINING = TrainingConfig(
+    steps=30, batch_size=6, sequence_length=32, learning_rate=0.01, weight_decay=0.0, engine="torch", precision="fp32"
+)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return GatesConfig(training=TRAINING)
+
+
+@pytest.fixture(scope="module")
+def gated_run(expert_run, tmp_path_factory, config):
+    """`expert_run` with `gates/`. Read-only."""
+    run_dir = shutil.copytree(expert_run, tmp_path_factory.mktemp("runs") / "gated")
+    train_gates.run(config, run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen = {}
+    real = train_gates.train
+
+    def record(module, batch_at, config, folder, label):
+        seen[label] = module, batch_at
+        return real(module, batch_at, config, folder, label)
+
+    monkeypatch.setattr(train_gates, "train", record)
+    return seen
+
+
+def gates_of(run_dir):
+    return read_tensors(GatesManifest.read(run_dir).output("gates.safetensors").check(run_dir))
+
+
+def weights_on_disk(run_dir):
+    return {path: digest_of(path) for path in sorted(run_dir.rglob("model.safetensors"))}
+
+
+def test_the_manifest_says_what_was_done(gated_run, config):
+    manifest = GatesManifest.read(gated_run)
+    assert manifest.config == config
+    assert [ref.name for ref in manifest.inputs] == ["tokens", "clusters", "seed", "experts"]
+    assert manifest.metrics.layer == 1  # half of two
+    assert manifest.metrics.experts == 3
+    assert [(run.mode, run.expert) for run in manifest.metrics.runs] == [
+        ("independent", 0), ("independent", 1), ("independent", 2), ("joint", None),
+    ]  # fmt: skip
+    for run in manifest.metrics.runs:
+        assert sum(run.openness) == pytest.approx(1, abs=1e-3)
+        assert len(run.openness) == (4 if run.mode == "joint" else 2)
+    assert {name: tuple(tensor.shape) for name, tensor in gates_of(gated_run).items()} == {
+        "independent.bias": (3,), "independent.vectors": (3, 32), "joint.bias": (3,), "joint.vectors": (3, 32),
+    }  # fmt: skip
+
+
+def test_trained_gates_mix_better_than_closed_ones(expert_run, copied_run, config, calls):
+    manifest = train_gates.run(config, copied_run(expert_run))
+    for module, batch_at in calls.values():
+        rows = torch.cat([batch_at(step) for step in range(100, 110)])
+        with torch.no_grad():
+            closed = copy.deepcopy(module)
+            for parameter in closed.gates.parameters():
+                parameter.zero_()
+            assert module(rows)["loss"] < closed(rows)["loss"] - 0.02
+    for run in manifest.metrics.runs[:3]:
+        assert run.openness[1] > 0.8  # each expert on its own cluster
+
+
+def test_every_vector_has_learnt_and_independent_gates_have_no_bias(gated_run):
+    gates = gates_of(gated_run)
+    for mode in ("independent", "joint"):
+        assert (gates[f"{mode}.vectors"].abs().amax(1) > 0).all()
+    assert (gates["independent.bias"] == 0).all()
+    assert (gates["joint.bias"] != 0).all()
+
+
+def test_seed_and_experts_stay_as_they_are(expert_run, copied_run, config, calls, monkeypatch):
+    run_dir = copied_run(expert_run)
+    on_disk = weights_on_disk(run_dir)
+    assert len(on_disk) == 5
+    sums = {}
+    real = train_gates.train
+
+    def check(module, batch_at, config, folder, label):
+        models = {"seed": module.seed, **{str(number): expert for number, expert in enumerate(module.experts)}}
+        sums[label] = {name: checksum(model.weights()) for name, model in models.items()}
+        metrics = real(module, batch_at, config, folder, label)
+        assert {name: checksum(model.weights()) for name, model in models.items()} == sums[label]
+        return metrics
+
+    monkeypatch.setattr(train_gates, "train", check)
+    train_gates.run(config, run_dir)
+    assert list(sums) == ["gate 000", "gate 001", "gate 002", "gates joint"]
+    assert weights_on_disk(run_dir) == on_disk
+
+
+def test_an_independent_gate_is_trained_on_its_own_cluster_and_expert_alone(expert_run, copied_run, config, calls):
+    run_dir = copied_run(expert_run)
+    train_gates.run(config, run_dir)
+    tokens = [
+        set(torch.cat([batch_at(step) for step in range(20)]).flatten().tolist()) for _, batch_at in calls.values()
+    ]
+    for number in range(3):
+        assert tokens[3] - tokens[number]
+        assert not tokens[number] <= tokens[(number + 1) % 3]  # each kind has words of its own
+    for number in range(3):
+        assert len(calls[f"gate {number:03d}"][0].experts) == 1
+        assert calls[f"gate {number:03d}"][0].own == number
+    assert len(calls["gates joint"][0].experts) == 3
+
+
+def test_a_second_call_trains_nothing(gated_run, config, calls):
+    assert train_gates.run(config, gated_run) == GatesManifest.read(gated_run)
+    assert not calls
+
+
+def test_the_same_settings_give_the_same_bytes(gated_run, copied_run, config):
+    run_dir = copied_run(gated_run)
+    before = GatesManifest.read(run_dir)
+    assert train_gates.run(config, run_dir, force=True).content_digest() == before.content_digest()
+
+
+def test_a_changed_setting_is_refused_by_name_and_forced(gated_run, copied_run, config, calls):
+    run_dir = copied_run(gated_run)
+    other = config.model_copy(update={"layer": 2})
+    with pytest.raises(UsageFailure, match=r"layer was null and is now 2: give --force"):
+        train_gates.run(other, run_dir)
+    assert not calls
+    assert train_gates.run(other, run_dir, force=True).metrics.layer == 2
+
+
+def test_a_layer_the_seed_does_not_have_is_refused(expert_run, copied_run, config):
+    with pytest.raises(UsageFailure, match="--layer 3 is beyond the seed's 2 layers"):
+        train_gates.run(config.model_copy(update={"layer": 3}), copied_run(expert_run))
+
+
+def test_one_mode_alone_writes_its_own_gates(gated_run, expert_run, copied_run, config):
+    run_dir = copied_run(expert_run)
+    train_gates.run(config.model_copy(update={"modes": ("joint",)}), run_dir)
+    gates = gates_of(run_dir)
+    assert set(gates) == {"joint.bias", "joint.vectors"}
+    assert torch.equal(gates["joint.vectors"], gates_of(gated_run)["joint.vectors"])  # whatever was trained before it
+
+
+def test_an_expert_equal_to_the_seed_is_refused_in_one_line(seeded_run, copied_run, config, training):
+    run_dir = copied_run(seeded_run)
+    still = training.model_copy(update={"steps": 1, "learning_rate": 1e-30})
+    train_experts.run(ExpertsConfig(training=still, dense=False), run_dir)
+    with pytest.raises(InputFailure, match="expert 0 equals the seed, so its gate has nothing to learn") as refused:
+        train_gates.run(config, run_dir)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_changed_expert_is_refused(expert_run, copied_run, config):
+    run_dir = copied_run(expert_run)
+    path = run_dir / "experts" / "001" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityFailure, match=r"experts/001/model.safetensors was changed"):
+        train_gates.run(config, run_dir)
+
+
+def test_gates_do_not_pass_for_those_of_an_expert_trained_again(gated_run, copied_run, config, training):
+    run_dir = copied_run(gated_run)
+    other = ExpertsConfig(training=training.model_copy(update={"seed": 9}))
+    train_experts.run(other.model_copy(update={"expert": "1"}), run_dir, force=True)
+    with pytest.raises(UsageFailure, match=r"no experts in .*: run `cpipe train-experts"):
+        train_gates.run(config, run_dir)
+    train_experts.run(other, run_dir, force=True)
+    with pytest.raises(UsageFailure, match="its input experts has changed: give --force"):
+        train_gates.run(config, run_dir)
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_deepspeed_gives_the_same_gates(stage, gated_run, expert_run, copied_run, config):
+    run_dir = copied_run(expert_run)
+    training = config.training.model_copy(update={"engine": "deepspeed", "zero_stage": stage})
+    manifest = train_gates.run(config.model_copy(update={"training": training}), run_dir)
+    for name, tensor in gates_of(gated_run).items():
+        torch.testing.assert_close(gates_of(run_dir)[name], tensor, atol=1e-4, rtol=0)
+    for own, other in zip(manifest.metrics.runs, GatesManifest.read(gated_run).metrics.runs, strict=True):
+        assert own.openness == pytest.approx(other.openness, abs=1e-3)
+
+
+def test_interrupted_between_gates_it_ends_with_the_same_bytes(gated_run, expert_run, copied_run, config, monkeypatch):
+    run_dir = copied_run(expert_run)
+    real = train_gates.train
+
+    def interrupted(module, batch_at, config, folder, label):
+        if label == "gate 002":
+            raise KeyboardInterrupt
+        return real(module, batch_at, config, folder, label)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train_gates, "train", interrupted)
+        train_gates.run(config, run_dir)
+    assert train_gates.run(config, run_dir).outputs == GatesManifest.read(gated_run).outputs
