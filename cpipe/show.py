@@ -50,6 +50,7 @@ def show_evaluation(manifest: Manifest, run_dir: Path) -> None:
     OUT.print(table)
     if metrics["usage"]:
         show_rows("bits per byte lost without a part", metrics["usage"])
+    OUT.print(f"largest change of a prediction when only the true prefix is given: {metrics['prefix_gap']:.1e} nats")
     for ref in manifest.outputs:
         OUT.print(str(run_dir / ref.path), soft_wrap=True, highlight=False)
 

@@ -12,6 +12,9 @@ class EvaluateConfig(Config):
     """How the held-out text is scored."""
 
     tokens: int = Field(200_000, gt=0, description="Held-out tokens scored, at most; whole documents of every source.")
+    usage_tokens: int = Field(
+        20_000, gt=0, description="Held-out tokens, at most, on which models are scored with a part left out."
+    )
     top_k: tuple[int, ...] = Field((1, 2, 4), description="Numbers of experts that cBTM and the gates may mix.")
     forgetting: float = Field(
         0.9, gt=0, le=1, description="Factor per token by which the forgetting Bayes posterior trusts older evidence."

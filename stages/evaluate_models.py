@@ -9,6 +9,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder, token_log_probs
 from stages.nn.flops import BACKWARD_AND_FORWARD, forward_flops
 from stages.nn.gates import ExpertGates
+from stages.nn.leaks import gap_to_prefix
 from stages.nn.mixture import mean_models_run, mixed_log_probs, oracle_log_weights, posterior_log_weights
 from stages.reporting.scores import ScoreTable
 from stages.reporting.table import markdown, plot
@@ -82,6 +84,8 @@ class Evaluation:
         length = self.shape.max_position_embeddings
         documents = choose_documents(store, config.tokens)
         self.windows = Windows(store, documents, tokens.metrics.end_of_text, length)
+        few = choose_documents(store, min(config.tokens, config.usage_tokens))
+        self.usage_windows = Windows(store, few, tokens.metrics.end_of_text, length)
         assigned = np.asarray(read_table(clusters.output("assignments-valid.arrow").check(run_dir))["cluster"])
         self.table = ScoreTable(
             [store.sources[document] for document in documents],
@@ -110,17 +114,18 @@ class Evaluation:
         if models.dense:
             self.dense_training += train * models.dense.metrics.training.tokens
 
-    def score(self, forward: Forward, label: str) -> Tensor:
-        """Log-probability [N], in nats, that `forward` gives to every scored token."""
-        found = torch.empty(self.windows.tokens)
+    def score(self, forward: Forward, label: str, windows: Windows | None = None) -> Tensor:
+        """Log-probability [N], in nats, that `forward` gives to every token of `windows` (all that are scored)."""
+        windows = windows or self.windows
+        found = torch.empty(windows.tokens)
         place = device()
         done = 0
-        for batch in self.windows.batches(self.config.score_batch_size):
+        for batch in windows.batches(self.config.score_batch_size):
             with torch.no_grad():
                 log_probs = token_log_probs(forward(batch.ids.to(place)), batch.targets.to(place)).cpu()
             found[torch.from_numpy(batch.place)] = log_probs[torch.from_numpy(batch.real)]
             done += len(batch.place)
-            logger.bind(task=f"score {label}", done=done, total=self.windows.tokens).debug("tokens")
+            logger.bind(task=f"score {label}", done=done, total=windows.tokens).debug("tokens")
         logger.info("scored {}: {:.4f} nats per token", label, -float(found.mean()))
         return found
 
@@ -241,7 +246,7 @@ class Evaluation:
             size = self.models.central.metrics.parameters
             scores = self.score(lambda ids: central(ids).logits_BTV, "central alone")
             self.table.add("central alone", "central", scores, size, size, central_training + begun, flops)
-            self._add_usage("central alone", central, scores, ("latents", "plan"))
+            self._add_usage("central alone", central, ("latents", "plan"))
         for name in self.models.compositions:
             self._add_composition(name, central_training)
 
@@ -260,27 +265,17 @@ class Evaluation:
         label += "" if name in ("central", f"central-{manifest.config.bridges.bridge}") else f" ({name})"
         scores = self.score(lambda ids: composed(ids).logits_BTV, label)
         self.table.add(label, "control" if copies else "composed", scores, size, size, training, flops)
-        self._add_usage(label, composed, scores, ("bridges", "experts", "latents", "plan"))
+        self._add_usage(label, composed, ("bridges", "experts", "latents", "plan"))
 
-    def _add_usage(self, label: str, model: torch.nn.Module, whole: Tensor, parts: tuple[str, ...]) -> None:
+    def _add_usage(self, label: str, model: torch.nn.Module, parts: tuple[str, ...]) -> None:
+        windows = self.usage_windows
+        whole = self.score(partial(_logits, model, frozenset()), label, windows)
         for part in parts:
-            ablate = frozenset({part})
-            without = self.score(partial(_logits, model, ablate), f"{label} without {part}")
-            difference = self.table.bits_per_byte(without) - self.table.bits_per_byte(whole)
+            without = self.score(partial(_logits, model, frozenset({part})), f"{label} without {part}", windows)
+            difference = float((whole - without).double().sum()) / math.log(2) / windows.bytes
             self.usage.append(UsageRow(model=label, part=part, difference=round(difference, 6)))
-        self.prefix_gap = max(self.prefix_gap, self._gap_to_prefix(model))
-
-    def _gap_to_prefix(self, model: torch.nn.Module) -> float:
-        """How far predictions move when the rest of the text is not given: zero unless something leaks."""
-        batch = next(self.windows.batches(4))
-        ids = batch.ids.to(device())
-        with torch.no_grad():
-            whole = model(ids).logits_BTV.log_softmax(-1)
-            gaps = []
-            for length in {1, ids.shape[1] // 3, ids.shape[1] // 2, ids.shape[1] - 1} - {0}:
-                prefix = model(ids[:, :length]).logits_BTV[:, -1].log_softmax(-1)
-                gaps.append(float((prefix - whole[:, length - 1]).abs().max()))
-        return max(gaps, default=0.0)
+        ids = next(windows.batches(4)).ids.to(device())
+        self.prefix_gap = max(self.prefix_gap, gap_to_prefix(partial(_logits, model, frozenset()), ids))
 
     def metrics(self, rows: tuple[ModelRow, ...], usage: tuple[UsageRow, ...]) -> EvaluateMetrics:
         """What goes into the manifest."""
