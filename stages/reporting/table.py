@@ -52,7 +52,7 @@ def plot(rows: Sequence[ModelRow]) -> bytes:
     for place, value in enumerate(values):
         bars.annotate(f"{value:.3f}", (min(value, bars.get_xlim()[1]), place), va="center", ha="right", fontsize=8)
     # Each source relative to its best model: sources differ far more in difficulty than models in skill.
-    best = {source: min(row.sources[source] for row in rows) for source in sources}
+    best = {source: max(1e-6, min(row.sources[source] for row in rows)) for source in sources}  # 1e-6: their rounding
     relative = [[100 * (row.sources[source] / best[source] - 1) for source in sources] for row in rows]
     image = heat.imshow(relative, aspect="auto", cmap="viridis_r", vmin=0, vmax=15)
     heat.set_xticks(range(len(sources)), sources, rotation=60, ha="right", fontsize=8)

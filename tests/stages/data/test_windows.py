@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+
+from stages.data.token_store import ShardWriter, TokenStore
+from stages.data.windows import Windows, choose_documents
+
+END = 0
+
+
+@pytest.fixture
+def store_of(tmp_path):
+    """A store of documents given as (source, tokens); every document's ids are unlike all others'."""
+
+    def build(documents):
+        writer = ShardWriter(tmp_path, "valid", tmp_path, 60_000)
+        next_id = 1
+        for number, (source, length) in enumerate(documents):
+            writer.add(str(number), source, 3 * length, np.arange(next_id, next_id + length))
+            next_id += length
+        return TokenStore.open([tmp_path / ref.path for ref in writer.finish()])
+
+    return build
+
+
+LENGTHS = [5, 12, 1, 8, 30, 7, 16, 9]
+
+
+@pytest.fixture
+def store(store_of):
+    return store_of([("a", length) for length in LENGTHS])
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("length", [1, 4, 8, 64])
+@pytest.mark.parametrize("documents", [range(8), [4, 1, 6], [2]])
+def test_every_token_is_predicted_once_from_the_one_before(store, documents, length, size):
+    windows = Windows(store, documents, END, length)
+    seen = np.full(windows.tokens, -1)
+    for batch in windows.batches(size):
+        assert len(batch.ids) <= size and batch.ids.shape == batch.targets.shape == batch.real.shape
+        assert batch.ids.shape[1] <= length
+        targets, inputs = batch.targets.numpy()[batch.real], batch.ids.numpy()[batch.real]
+        assert (seen[batch.place] == -1).all()  # never twice
+        seen[batch.place] = targets
+        firsts = [store.tokens(document)[0] for document in documents]
+        assert (inputs == np.where(np.isin(targets, firsts), END, targets - 1)).all()
+    assert windows.tokens == sum(LENGTHS[document] for document in documents)
+    assert (seen == np.concatenate([store.tokens(document) for document in documents])).all()
+    for number, document in enumerate(documents):
+        assert (windows.document_tokens(number) == store.tokens(document)).all()
+        assert (seen[windows.starts[number] : windows.starts[number + 1]] == store.tokens(document)).all()
+
+
+def test_the_inputs_of_a_window_are_its_own_tokens_in_order(store):
+    for batch in Windows(store, range(8), END, 8).batches(4):
+        for ids, targets, real in zip(batch.ids, batch.targets, batch.real, strict=True):
+            count = int(real.sum())
+            assert real[:count].all()  # padding stands behind
+            assert (ids[1:count] == targets[: count - 1]).all()
+            assert (ids[count:] == END).all()
+
+
+def test_padding_is_not_counted(store):
+    windows = Windows(store, range(8), END, 8)
+    padded = sum(int((~batch.real).sum()) for batch in windows.batches(100))
+    assert padded > 0
+    assert sum(len(batch.place) for batch in windows.batches(100)) == windows.tokens == sum(LENGTHS)
+    assert windows.bytes == 3 * sum(LENGTHS)
+
+
+def test_windows_start_where_a_document_or_a_full_window_ended(store):
+    windows = Windows(store, [1, 2, 4], END, 8)
+    assert windows.window_starts().tolist() == [0, 8, 12, 13, 21, 29, 37]
+
+
+def test_windows_of_like_length_stand_together(store):
+    longest = [batch.ids.shape[1] for batch in Windows(store, range(8), END, 8).batches(2)]
+    assert longest == sorted(longest, reverse=True)
+
+
+def tokens_of(store, documents, source=None):
+    return sum(int(store.lengths[d]) for d in documents if source in (None, store.sources[d]))
+
+
+def test_sources_get_equal_shares_of_the_budget(store_of):
+    store = store_of([("abc"[number % 3], 10) for number in range(60)])
+    chosen = choose_documents(store, 300)
+    assert [tokens_of(store, chosen, source) for source in "abc"] == [100, 100, 100]
+    assert chosen == sorted(set(chosen))
+
+
+def test_what_a_small_source_leaves_goes_to_the_others(store_of):
+    store = store_of([("small", 10)] + [("big", 10)] * 40 + [("huge", 10)] * 90)
+    chosen = choose_documents(store, 310)
+    assert [tokens_of(store, chosen, source) for source in ("small", "big", "huge")] == [10, 150, 150]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 50, 120, 10_000])
+def test_documents_are_whole_within_the_budget_and_the_same_every_time(store_of, budget):
+    draw = np.random.default_rng(0)
+    store = store_of([("abcd"[draw.integers(4)], int(draw.integers(1, 30))) for _ in range(50)])
+    chosen = choose_documents(store, budget)
+    assert tokens_of(store, chosen) <= budget
+    assert chosen == choose_documents(store, budget)
+    if budget >= store.lengths.sum():
+        assert chosen == list(range(50))
+
+
+def test_a_document_too_long_for_the_share_does_not_end_the_choice(store_of):
+    store = store_of([("a", 90), ("a", 10), ("a", 20)])
+    assert choose_documents(store, 40) == [1, 2]
