@@ -21,6 +21,7 @@ from torch import Tensor
 
 from schemas.cluster_documents import ClusterManifest
 from schemas.evaluate_models import EvaluateConfig, EvaluateManifest, EvaluateMetrics, ModelRow, UsageRow
+from schemas.failures import UsageFailure
 from schemas.files import write_bytes
 from schemas.tokenize_text import TokenizeManifest
 from stages.artifacts.model_folder import device, read_tensors
@@ -45,7 +46,9 @@ Forward = Callable[[Tensor], Tensor]  # ids [B, T] -> logits [B, T, V]
 def run(config: EvaluateConfig, run_dir: Path, *, force: bool = False) -> EvaluateManifest:
     """Score every model the run holds and write the table to `reports/`."""
     tokens, clusters, models = TokenizeManifest.read(run_dir), ClusterManifest.read(run_dir), RunModels.find(run_dir)
-    inputs = [tokens.as_input(), clusters.as_input(), *models.as_inputs()]
+    before = [tokens.as_input(), clusters.as_input()]
+    models.refuse_other_ancestors(before)
+    inputs = [*before, *models.as_inputs()]
     with claim_folder(run_dir, EvaluateManifest, config, inputs, force=force) as claim:
         if claim.finished:
             return claim.finished
@@ -82,9 +85,9 @@ class Evaluation:
         store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("valid")])
         self.shape = models.decoder("seed")[0]
         length = self.shape.max_position_embeddings
-        documents = choose_documents(store, config.tokens)
+        documents = _choose(store, config.tokens, "--tokens")
         self.windows = Windows(store, documents, tokens.metrics.end_of_text, length)
-        few = choose_documents(store, min(config.tokens, config.usage_tokens))
+        few = _choose(store, min(config.tokens, config.usage_tokens), "--usage-tokens")
         self.usage_windows = Windows(store, few, tokens.metrics.end_of_text, length)
         assigned = np.asarray(read_table(clusters.output("assignments-valid.arrow").check(run_dir))["cluster"])
         self.table = ScoreTable(
@@ -287,6 +290,16 @@ class Evaluation:
             tokens=self.windows.tokens,
             bytes=self.windows.bytes,
         )
+
+
+def _choose(store: TokenStore, tokens: int, flag: str) -> list[int]:
+    documents = choose_documents(store, tokens)
+    if not documents:
+        raise UsageFailure(
+            f"{flag} {tokens} holds no whole held-out document (the shortest has {store.lengths.min()} tokens, and "
+            f"sources share): give more"
+        )
+    return documents
 
 
 def _logits(model: torch.nn.Module, ablate: frozenset[str], ids: Tensor) -> Tensor:

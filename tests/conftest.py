@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from schemas.cluster_documents import ClusterConfig
+from schemas.compose_model import BridgeConfig, BridgeTraining, CentralShape, ComposeConfig
 from schemas.decoder import DecoderShape
+from schemas.evaluate_models import EvaluateConfig
 from schemas.tokenize_text import TokenizeConfig
 from schemas.train_experts import ExpertsConfig
+from schemas.train_gates import GatesConfig
 from schemas.train_seed import SeedConfig
 from schemas.training import TrainingConfig
 
@@ -35,6 +38,14 @@ SHAPE = DecoderShape(
 TRAINING = TrainingConfig(
     steps=8, batch_size=6, sequence_length=32, learning_rate=5e-3, engine="torch", precision="fp32", log_every=4
 )
+CENTRAL = CentralShape(
+    group_length=4, latents_per_group=2, encoder_layers=1, latent_layers=2, decoder_layers=2, token_window=8,
+    plan_horizon=2,
+)  # fmt: skip
+COMPOSE = ComposeConfig(
+    central=CENTRAL, training=TRAINING, bridge_training=BridgeTraining(bridge_steps=6, bridge_batch_size=6)
+)
+EVALUATE = EvaluateConfig(tokens=1200, top_k=(1, 2))
 
 
 def documents(kind):
@@ -96,6 +107,37 @@ def expert_run(seeded_run, tmp_path_factory):
     run_dir = shutil.copytree(seeded_run, tmp_path_factory.mktemp("runs") / "experts")
     train_experts.run(ExpertsConfig(training=TRAINING), run_dir)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def full_run(expert_run, tmp_path_factory):
+    """`expert_run` with `gates/` and three compositions: `central`, `central-calm`, `central-control`. Read-only."""
+    from stages import compose_model, train_gates
+
+    run_dir = shutil.copytree(expert_run, tmp_path_factory.mktemp("runs") / "full")
+    train_gates.run(GatesConfig(training=TRAINING.model_copy(update={"steps": 4, "weight_decay": 0.0})), run_dir)
+    compose_model.run(COMPOSE, run_dir)
+    calm = {"name": "central-calm", "bridges": BridgeConfig(bridge="calm"), "gates": "none"}
+    compose_model.run(COMPOSE.model_copy(update=calm), run_dir)
+    control = {"name": "central-control", "experts": "seed-copies", "gates": "independent"}
+    compose_model.run(COMPOSE.model_copy(update=control), run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(full_run, tmp_path_factory):
+    """`full_run` with `reports/`. Read-only."""
+    from stages import evaluate_models
+
+    run_dir = shutil.copytree(full_run, tmp_path_factory.mktemp("runs") / "evaluated")
+    evaluate_models.run(EVALUATE, run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def evaluation():
+    """The settings of `evaluated_run`'s evaluation."""
+    return EVALUATE
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What a run holds that can be scored or continued: manifests, and the models as plain shapes and weights."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ class RunModels:
     """The finished models of a run. Compositions and the gates may be missing, seed and experts may not."""
 
     run_dir: Path
+    members: ExpertsManifest
     seed: SeedManifest
     experts: tuple[ExpertManifest, ...]
     dense: ExpertManifest | None
@@ -43,6 +45,7 @@ class RunModels:
                 compositions[path.parent.name] = ComposeManifest.parse(path)
         return cls(
             run_dir,
+            members,
             SeedManifest.read(run_dir),
             tuple(ExpertManifest.read(run_dir, expert_folder(number)) for number in numbers),
             _maybe(ExpertManifest, run_dir, "dense"),
@@ -51,8 +54,27 @@ class RunModels:
             compositions,
         )
 
+    def refuse_other_ancestors(self, before: Sequence[InputRef]) -> None:
+        """Raise UsageFailure when a model was made from something that was replaced since.
+
+        `before`: the stages before the models, as they are now.
+        """
+        made = self._by_folder() | {ExpertsManifest.folder: self.members}
+        there = {name: manifest.content_digest() for name, manifest in made.items()}
+        there |= {ref.name: ref.digest for ref in before}
+        for name, manifest in made.items():
+            for ref in manifest.inputs:
+                if there.get(ref.name, ref.digest) != ref.digest:
+                    raise UsageFailure(
+                        f"{self.run_dir / name} was made from another {ref.name} than is there now: "
+                        f"run `cpipe {manifest.command} {self.run_dir} --force`, or remove the folder"
+                    )
+
     def as_inputs(self) -> list[InputRef]:
         """Every model's manifest, as inputs of a stage."""
+        return [manifest.as_input(name) for name, manifest in self._by_folder().items()]
+
+    def _by_folder(self) -> dict[str, Manifest]:
         named: dict[str, Manifest | None] = {
             "seed": self.seed,
             **{expert_folder(number): expert for number, expert in enumerate(self.experts)},
@@ -61,7 +83,7 @@ class RunModels:
             CentralAloneManifest.folder: self.central,
             **self.compositions,
         }
-        return [manifest.as_input(name) for name, manifest in named.items() if manifest is not None]
+        return {name: manifest for name, manifest in named.items() if manifest is not None}
 
     @cache  # noqa: B019  # a run's models are read once per process, which ends with the command
     def decoder(self, folder: str) -> Weights:

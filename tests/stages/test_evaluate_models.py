@@ -1,0 +1,260 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from schemas.evaluate_models import EvaluateManifest
+from schemas.failures import UsageFailure
+from schemas.tokenize_text import TokenizeManifest
+from schemas.train_experts import ExpertManifest, ExpertsConfig
+from stages import evaluate_models, train_experts
+from stages.artifacts.run_models import RunModels
+from stages.data.token_store import TokenStore, read_table
+from stages.data.windows import choose_documents
+from stages.nn.decoder import Decoder
+
+
+@pytest.fixture(scope="module")
+def metrics(evaluated_run):
+    return EvaluateManifest.read(evaluated_run).metrics
+
+
+@pytest.fixture(scope="module")
+def rows(metrics):
+    return {row.model: row for row in metrics.rows}
+
+
+@pytest.fixture(scope="module")
+def scores(evaluated_run):
+    """Log-probabilities of every scored token, per model, document by document, window by window, unpadded."""
+    tokens, models = TokenizeManifest.read(evaluated_run), RunModels.find(evaluated_run)
+    store = TokenStore.open([evaluated_run / ref.path for ref in tokens.shards("valid")])
+    documents = choose_documents(store, 1200)
+    found = {}
+    for folder in ("seed", "dense", "experts/000", "experts/001", "experts/002"):
+        decoder, found[folder] = Decoder.from_weights(*models.decoder(folder)), []
+        for document in documents:
+            text = [tokens.metrics.end_of_text, *store.tokens(document).tolist()]
+            for start in range(0, len(text) - 1, 32):
+                window = torch.tensor(text[start : start + 33])
+                logits = decoder(window[None, :-1])[0]
+                found[folder].append(logits.log_softmax(-1)[torch.arange(len(window) - 1), window[1:]])
+    scored = {folder: torch.cat(pieces).double() for folder, pieces in found.items()}
+    scored["bytes"] = int(store.bytes[documents].sum())
+    scored["lengths"] = store.lengths[documents].tolist()
+    return scored
+
+
+def bits(scores, log_probs):
+    return -float(log_probs.sum()) / math.log(2) / scores["bytes"]
+
+
+def experts_of(scores):
+    return torch.stack([scores[f"experts/{number:03d}"] for number in range(3)], -1)
+
+
+def test_every_model_of_the_run_has_a_row(rows):
+    best = next(name for name in rows if name.startswith("best single expert"))
+    gates = {f"gates {mode} {top}" for mode in ("independent", "joint") for top in ("top-1", "top-2", "all")}
+    assert set(rows) == gates | {
+        "seed", "dense", "weight average", best, "oracle expert per document", "uniform ensemble", "cBTM top-1",
+        "cBTM top-2", "cBTM all", "Bayes posterior", "forgetting posterior", "central alone", "composed stitch",
+        "composed calm", "composed stitch of seed copies (central-control)",
+    }  # fmt: skip
+    groups = {row.group for row in rows.values()}
+    assert groups == {"single", "ensemble", "gates", "central", "composed", "control"}
+
+
+def test_single_models_and_the_uniform_ensemble_are_what_their_logits_say(rows, scores, metrics):
+    assert metrics.tokens == len(scores["seed"]) and metrics.bytes == scores["bytes"]
+    for name in ("seed", "dense"):
+        assert rows[name].bits_per_byte == pytest.approx(bits(scores, scores[name]), abs=2e-5)
+    experts = experts_of(scores)
+    uniform = (experts.exp().sum(-1) / 3).log()
+    assert rows["uniform ensemble"].bits_per_byte == pytest.approx(bits(scores, uniform), abs=2e-5)
+    best = max(range(3), key=lambda number: experts[:, number].sum())
+    assert rows[f"best single expert ({best:03d})"].bits_per_byte == pytest.approx(
+        bits(scores, experts[:, best]), abs=2e-5
+    )
+
+
+def test_the_bayes_posterior_is_the_probability_of_each_whole_document(rows, scores):
+    documents = experts_of(scores).split(scores["lengths"])
+    whole = sum(document.sum(0).logsumexp(-1) - math.log(3) for document in documents)
+    assert rows["Bayes posterior"].bits_per_byte == pytest.approx(bits(scores, whole), abs=2e-5)
+
+
+def test_cbtm_weighs_experts_by_the_text_before(evaluated_run, rows, scores):
+    from safetensors.numpy import load_file
+
+    table = load_file(evaluated_run / "clusters/vectorizer.safetensors")["token_vectors"]
+    centroids = load_file(evaluated_run / "clusters/centroids.safetensors")["centroids"]
+    tokens = TokenizeManifest.read(evaluated_run)
+    store = TokenStore.open([evaluated_run / ref.path for ref in tokens.shards("valid")])
+    weights = []
+    for document in choose_documents(store, 1200):
+        for position in range(int(store.lengths[document])):
+            vector = table[store.tokens(document)[:position]].sum(0)
+            vector = vector / max(float(np.linalg.norm(vector)), 1e-30)
+            weights.append(-((vector - centroids) ** 2).sum(-1) / 0.1 if vector.any() else np.zeros(3))
+    log_weights = torch.from_numpy(np.stack(weights)).log_softmax(-1)
+    expected = (log_weights + experts_of(scores)).logsumexp(-1)
+    assert rows["cBTM all"].bits_per_byte == pytest.approx(bits(scores, expected), abs=5e-5)
+
+
+def test_the_oracle_is_a_bound_for_every_choice_of_one_expert(rows):
+    oracle = rows["oracle expert per document"]
+    best = next(row for name, row in rows.items() if name.startswith("best single expert"))
+    assert oracle.bits_per_byte <= best.bits_per_byte
+    assert oracle.bits_per_byte <= rows["Bayes posterior"].bits_per_byte
+    for cluster, value in oracle.clusters.items():
+        assert value <= best.clusters[cluster] + 1e-6
+
+
+def test_rows_are_best_first_and_compared_with_dense(metrics, rows):
+    values = [row.bits_per_byte for row in metrics.rows]
+    assert values == sorted(values)
+    for row in metrics.rows:
+        assert row.against_dense == pytest.approx(100 * (row.bits_per_byte / rows["dense"].bits_per_byte - 1), abs=1e-2)
+
+
+def test_every_row_says_what_it_costs(rows):
+    decoder = rows["seed"]
+    assert decoder.parameters == decoder.active_parameters == rows["dense"].parameters
+    assert rows["uniform ensemble"].parameters == 3 * decoder.parameters
+    assert rows["uniform ensemble"].active_parameters == 3 * decoder.parameters
+    assert rows["uniform ensemble"].inference_flops == pytest.approx(3 * decoder.inference_flops)
+    assert rows["oracle expert per document"].active_parameters == decoder.parameters
+    assert rows["oracle expert per document"].inference_flops == pytest.approx(decoder.inference_flops)
+    top = [rows[f"cBTM {top}"] for top in ("top-1", "top-2", "all")]
+    assert decoder.parameters <= top[0].active_parameters < top[1].active_parameters < top[2].active_parameters
+    assert top[0].inference_flops <= top[1].inference_flops <= top[2].inference_flops
+    assert rows["gates joint all"].parameters == 4 * decoder.parameters
+    assert rows["seed"].training_flops < rows["dense"].training_flops < rows["gates joint all"].training_flops
+    # experts and dense saw as many tokens, so training them cost the same
+    assert rows["weight average"].training_flops == rows["dense"].training_flops
+
+
+def test_a_composition_costs_more_than_the_central_model_alone(rows):
+    alone, decoder = rows["central alone"], rows["seed"]
+    for name in ("composed stitch", "composed calm", "composed stitch of seed copies (central-control)"):
+        assert rows[name].inference_flops > alone.inference_flops + 3 * decoder.inference_flops
+        assert rows[name].parameters > alone.parameters + 3 * decoder.parameters
+        assert rows[name].training_flops > alone.training_flops
+    assert rows["composed stitch"].training_flops > rows["dense"].training_flops + alone.training_flops * 0.9
+
+
+def test_usage_says_what_every_part_is_worth(metrics, rows):
+    parts = {}
+    for row in metrics.usage:
+        parts.setdefault(row.model, set()).add(row.part)
+        exchanged_for_equals = "seed copies" in row.model and row.part == "experts"
+        assert (row.difference == 0) == exchanged_for_equals
+    composed = {name for name in rows if name.startswith("composed")}
+    assert set(parts) == {"central alone", *composed}
+    assert parts.pop("central alone") == {"latents", "plan"}
+    assert all(found == {"bridges", "experts", "latents", "plan"} for found in parts.values())
+
+
+def test_predictions_do_not_depend_on_text_not_yet_given(metrics):
+    assert 0 < metrics.prefix_gap < 1e-4
+
+
+def test_a_model_that_looks_ahead_is_found(full_run, copied_run, evaluation, monkeypatch):
+    from stages.nn.central import CentralModel
+
+    forward = CentralModel.forward
+
+    def peeks(self, ids_BT, *rest, **named):
+        out = forward(self, ids_BT, *rest, **named)
+        out.logits_BTV[:, :-1].scatter_add_(-1, ids_BT[:, 1:, None], torch.ones(*ids_BT[:, 1:].shape, 1))
+        return out
+
+    monkeypatch.setattr(CentralModel, "forward", peeks)
+    run_dir = copied_run(full_run)
+    shutil.rmtree(run_dir / "central-calm")
+    shutil.rmtree(run_dir / "central-control")
+    assert evaluate_models.run(evaluation, run_dir).metrics.prefix_gap > 0.1
+
+
+def test_the_files_hold_the_table(evaluated_run, metrics):
+    content = json.loads((evaluated_run / "reports/table.json").read_text())
+    assert [row["model"] for row in content["rows"]] == [row.model for row in metrics.rows]
+    assert len(content["usage"]) == len(metrics.usage)
+    text = (evaluated_run / "reports/table.md").read_text()
+    assert all(f"| {row.model} | {row.bits_per_byte:.4f} |" in text for row in metrics.rows)
+    assert (evaluated_run / "reports/bits_per_byte.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_clusters_and_sources_are_those_of_the_documents(evaluated_run, rows):
+    assert set(rows["seed"].sources) == {"recipe", "code", "law"}
+    assigned = set(read_table(evaluated_run / "clusters/assignments-valid.arrow")["cluster"].tolist())
+    assert set(rows["seed"].clusters) <= {f"cluster {number:03d}" for number in assigned}
+
+
+def test_a_second_call_scores_nothing(evaluated_run, evaluation, monkeypatch):
+    monkeypatch.setattr(evaluate_models, "Evaluation", None)
+    assert evaluate_models.run(evaluation, evaluated_run) == EvaluateManifest.read(evaluated_run)
+    quick = evaluation.model_copy(update={"score_batch_size": 3})  # cannot change the result
+    assert evaluate_models.run(quick, evaluated_run) == EvaluateManifest.read(evaluated_run)
+
+
+def test_the_size_of_the_batches_does_not_change_the_table(evaluated_run, copied_run, evaluation, rows):
+    config = evaluation.model_copy(update={"score_batch_size": 5})
+    again = evaluate_models.run(config, copied_run(evaluated_run), force=True)
+    for row in again.metrics.rows:
+        assert row.bits_per_byte == pytest.approx(rows[row.model].bits_per_byte, abs=1e-5)
+
+
+def test_a_run_without_gates_compositions_and_dense_has_fewer_rows(expert_run, copied_run, evaluation):
+    run_dir = copied_run(expert_run)
+    shutil.rmtree(run_dir / "dense")
+    metrics = evaluate_models.run(evaluation, run_dir).metrics
+    assert {row.group for row in metrics.rows} == {"single", "ensemble"}
+    assert "dense" not in {row.model for row in metrics.rows}
+    assert {row.against_dense for row in metrics.rows} == {None}
+    assert metrics.usage == () and metrics.prefix_gap == 0
+
+
+def test_a_new_composition_makes_the_table_stale_and_says_so(evaluated_run, copied_run, evaluation):
+    run_dir = copied_run(evaluated_run)
+    shutil.rmtree(run_dir / "central-calm")
+    with pytest.raises(UsageFailure, match="its input central-calm is no longer given: give --force"):
+        evaluate_models.run(evaluation, run_dir)
+
+
+def test_a_changed_expert_makes_the_table_stale_and_says_so(expert_run, copied_run, evaluation, training):
+    run_dir = copied_run(expert_run)
+    evaluate_models.run(evaluation, run_dir)
+    longer = ExpertsConfig(training=training.model_copy(update={"steps": 2}))
+    train_experts.run(longer.model_copy(update={"expert": "0"}), run_dir, force=True)
+    with pytest.raises(UsageFailure, match=r"no experts in .*: run `cpipe train-experts"):  # two old ones, one new
+        evaluate_models.run(evaluation, run_dir)
+    train_experts.run(longer, run_dir, force=True)
+    with pytest.raises(UsageFailure, match="its input experts/000 has changed") as refused:
+        evaluate_models.run(evaluation, run_dir)
+    assert "\n" not in str(refused.value)
+    before = ExpertManifest.read(expert_run, "experts/000")
+    assert before.content_digest() != ExpertManifest.read(run_dir, "experts/000").content_digest()
+
+
+def test_gates_and_compositions_of_experts_that_were_replaced_are_refused(full_run, copied_run, evaluation, training):
+    run_dir = copied_run(full_run)
+    shutil.rmtree(run_dir / "gates")
+    longer = ExpertsConfig(training=training.model_copy(update={"steps": 2}))
+    train_experts.run(longer, run_dir, force=True)
+    with pytest.raises(UsageFailure, match="central was made from another experts than is there now: run `cpipe comp"):
+        evaluate_models.run(evaluation, run_dir)
+    for folder in run_dir.glob("central*"):
+        shutil.rmtree(folder)
+    assert evaluate_models.run(evaluation, run_dir).metrics.rows
+
+
+@pytest.mark.parametrize(("setting", "flag"), [("tokens", "--tokens 3"), ("usage_tokens", "--usage-tokens 3")])
+def test_fewer_tokens_than_any_document_are_refused(expert_run, copied_run, evaluation, setting, flag):
+    with pytest.raises(UsageFailure, match=flag) as refused:
+        evaluate_models.run(evaluation.model_copy(update={setting: 3}), copied_run(expert_run))
+    assert "\n" not in str(refused.value)
