@@ -129,11 +129,21 @@ def _run_all(run: Path, inputs: list[str], until: str | None, settings: Path | N
         raise UsageFailure(f"--until {until} is no stage; expected one of {', '.join(PIPELINE)}")
     tables = read_settings(run, settings, TABLES)
     for command in PIPELINE[: PIPELINE.index(until) + 1] if until else PIPELINE:
+        stage = BY_COMMAND[command]
         flags = {"inputs": inputs} if command == "tokenize" and inputs else {}
         for table in tables.get(command, [{}]):
             logger.info("{}", command)
-            manifest = _run_stage(BY_COMMAND[command], run, table, flags, force)
+            if command == "tokenize" and not {**table, **flags}.get("inputs") and _is_finished(stage, run):
+                manifest = stage.manifest.read(run)  # no text is named, so what was made of it is taken as it is
+            else:
+                manifest = _run_stage(stage, run, table, flags, force)
     return manifest
+
+
+def _is_finished(stage: Stage, run: Path) -> bool:
+    from schemas.manifest import FILE_NAME
+
+    return (run / stage.manifest.folder / FILE_NAME).is_file()
 
 
 def status(run: Run, as_json: AsJson = False) -> None:
