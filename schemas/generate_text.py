@@ -1,6 +1,6 @@
 """Settings of generate."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from schemas.strict import Config
 
@@ -21,3 +21,10 @@ class GenerateConfig(Config):
     experts: int = Field(2, gt=0, description="Experts that cbtm mixes for a token.")
     stop: tuple[str, ...] = Field((), description="End before the first of these texts.")
     random_seed: int = Field(0, ge=0, lt=2**31, description="Same seed, same text.")
+
+    @field_validator("stop")
+    @classmethod
+    def _says_something(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("an empty text would end everything at once")
+        return stop

@@ -68,16 +68,19 @@ def _draw_tokens(
 def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
     """The model `config.model` names. Raises UsageFailure."""
     name = config.model
-    if name in ("seed", "dense"):
+    if name == "seed" or (name == "dense" and models.dense):
         return DecoderReader(_decoder(models, name))
-    if name.startswith("expert:"):
-        number = name.removeprefix("expert:")
-        if not number.isdigit() or int(number) >= len(models.experts):
-            raise UsageFailure(f"--model {name}: experts are expert:0 to expert:{len(models.experts) - 1}")
+    number = name.removeprefix("expert:")
+    if number != name and number.isdecimal() and int(number) < len(models.experts):
         return DecoderReader(_decoder(models, expert_folder(int(number))))
     if name == "cbtm":
         return ClusterMixReader(config, run_dir, models)
-    return ComposedReader(ComposedModel.from_parts(**models.composition(name)).to(device()))
+    if name in models.compositions:
+        return ComposedReader(ComposedModel.from_parts(**models.composition(name)).to(device()))
+    dense = ["dense"] if models.dense else []
+    there = ["seed", *dense, f"expert:0 to expert:{len(models.experts) - 1}", "cbtm", *models.compositions]
+    more = "" if models.compositions else f"; `cpipe compose {run_dir}` makes central"
+    raise UsageFailure(f"no model {name} in {run_dir}: there are {', '.join(there)}{more}")
 
 
 def _decoder(models: RunModels, folder: str) -> Decoder:

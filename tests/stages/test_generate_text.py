@@ -1,0 +1,274 @@
+import shutil
+
+import pytest
+import tokenizers
+import torch
+
+from schemas.failures import UsageFailure
+from schemas.generate_text import GenerateConfig
+from schemas.tokenize_text import TokenizeManifest
+from stages import generate_text
+from stages.artifacts.run_models import RunModels
+from stages.clustering.features import normalised
+from stages.clustering.routing import cluster_weights
+from stages.nn.composed import ComposedModel
+from stages.nn.decoder import Decoder
+
+LIMIT = 32  # tokens the tiny models were trained on at a time
+MODELS = ("seed", "dense", "expert:0", "expert:2", "cbtm", "central", "central-calm", "central-control")
+
+
+def config(model="seed", **changes):
+    return GenerateConfig(**({"model": model, "prompt": "whisk the", "max_tokens": 12} | changes))
+
+
+def text_of(run_dir, *args, **changes):
+    return "".join(generate_text.stream(config(*args, **changes), run_dir))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(full_run):
+    return tokenizers.Tokenizer.from_file(str(full_run / "tokens/tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def end(full_run):
+    return TokenizeManifest.read(full_run).metrics.end_of_text
+
+
+@pytest.fixture
+def script(full_run, tokenizer, monkeypatch):
+    """Makes the model say these tokens, whatever it reads; returns what it was given to read."""
+
+    def say(ids):
+        given, left = [], list(ids)
+
+        class Scripted:
+            def read(self, unread):
+                given.append(list(unread))
+                log_probs = torch.full((tokenizer.get_vocab_size(),), -50.0)
+                log_probs[left.pop(0)] = 0.0
+                return log_probs
+
+        monkeypatch.setattr(generate_text, "_reader", lambda *_: Scripted())
+        return given
+
+    return say
+
+
+def bytes_as_tokens(tokenizer, text):
+    """One token per byte, as the byte-level alphabet writes it."""
+    letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
+    return [tokenizer.token_to_id(letter) for letter in letters]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_writes_and_its_seed_decides_what(full_run, model):
+    first = text_of(full_run, model, random_seed=1)
+    assert first == text_of(full_run, model, random_seed=1)
+    assert first != text_of(full_run, model, random_seed=2)
+
+
+def greedy(forward, ids, count, end):
+    """Continue without any cache: everything is read again for every token."""
+    written = []
+    for _ in range(count):
+        token = int(forward(torch.tensor([ids]))[0, -1].argmax())
+        if token == end:
+            break
+        written.append(token)
+        ids = [*ids, token]
+    return written
+
+
+def forward_of(run_dir, name):
+    models = RunModels.find(run_dir)
+    if name in ("seed", "dense"):
+        return Decoder.from_weights(*models.decoder(name))
+    if name.startswith("expert:"):
+        return Decoder.from_weights(*models.decoder(f"experts/{int(name[7:]):03d}"))
+    if name != "cbtm":
+        composed = ComposedModel.from_parts(**models.composition(name))
+        return lambda ids: composed(ids).logits_BTV
+    from safetensors.numpy import load_file
+
+    experts = [Decoder.from_weights(*models.decoder(f"experts/{number:03d}")) for number in range(3)]
+    table = load_file(run_dir / "clusters/vectorizer.safetensors")["token_vectors"]
+    centroids = load_file(run_dir / "clusters/centroids.safetensors")["centroids"]
+
+    def mixed(ids):
+        vector = normalised(table[ids[0].numpy()].sum(0)[None])
+        weights = torch.from_numpy(cluster_weights(vector, centroids, 0.1, 2)[0])
+        assert (weights > 0).sum() == 2  # so one expert sleeps, and may wake
+        log_probs = torch.stack([expert(ids)[0, -1:].log_softmax(-1) for expert in experts])
+        return (weights.log()[:, None, None] + log_probs).logsumexp(0)[None]
+
+    return mixed
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("prompt", ["whisk the", "whereas the party shall hereby", "def self ("])
+def test_caches_change_nothing(full_run, tokenizer, end, model, prompt):
+    given = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    count = LIMIT - len(given)
+    assert count > 8
+    expected = greedy(forward_of(full_run, model), given, count, end)
+    assert text_of(full_run, model, prompt=prompt, max_tokens=count, temperature=0) == whole(tokenizer, expected)
+
+
+def whole(tokenizer, ids):
+    """Their text up to the last whole character."""
+    return tokenizer.decode(ids, skip_special_tokens=False).rstrip("\ufffd")
+
+
+def test_an_expert_that_wakes_has_missed_nothing(full_run, end, tokenizer):
+    """The text changes its kind, so other experts are asked; token by token or in one piece is the same."""
+    models = RunModels.find(full_run)
+    texts = ["whisk the bowl of butter", " hereby pursuant clause liable notice", " def return lambda yield self"]
+    ids = [end, *(token for text in texts for token in tokenizer.encode(text).ids)]
+    stepwise = generate_text.ClusterMixReader(config("cbtm", experts=1), full_run, models)
+    asked = set()
+    for place in range(len(ids)):
+        log_probs = stepwise.read([ids[place]])
+        asked.add(tuple(not expert.pending for expert in stepwise._experts))
+    assert len({place for place in asked if sum(place) == 1}) > 1
+    at_once = generate_text.ClusterMixReader(config("cbtm", experts=1), full_run, models)
+    torch.testing.assert_close(at_once.read(ids), log_probs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["seed", "cbtm", "central"])
+def test_a_text_longer_than_the_trained_length_goes_on(full_run, model, tokenizer):
+    seed = 3
+    pieces = list(generate_text.stream(config(model, max_tokens=3 * LIMIT, random_seed=seed), full_run))
+    assert len(tokenizer.encode("".join(pieces)).ids) > 0
+    long_prompt = "whisk the bowl until golden " * 30
+    assert len(tokenizer.encode(long_prompt).ids) > 2 * LIMIT
+    assert text_of(full_run, model, prompt=long_prompt, max_tokens=5)
+
+
+def test_a_full_context_is_read_again_from_its_second_half(full_run, script, tokenizer, end):
+    (letter,) = bytes_as_tokens(tokenizer, "x")
+    given = script([letter] * 60)
+    assert text_of(full_run, prompt="ab", max_tokens=60) == "x" * 60
+    prompt = [end, *tokenizer.encode("ab").ids]
+    assert given[0] == prompt
+    context = len(prompt)
+    for unread in given[1:]:
+        context += 1
+        if context > LIMIT:
+            context = LIMIT // 2
+            assert unread == [letter] * context
+        else:
+            assert unread == [letter]
+
+
+def test_a_prompt_longer_than_the_trained_length_keeps_its_end(full_run, script, tokenizer, end):
+    given = script(bytes_as_tokens(tokenizer, "x"))
+    prompt = "whisk the bowl until golden " * 30
+    text_of(full_run, prompt=prompt, max_tokens=1)
+    assert given == [tokenizer.encode(prompt).ids[-LIMIT:]]
+
+
+def test_the_end_of_text_ends_it_and_is_not_printed(full_run, script, tokenizer, end):
+    script([*bytes_as_tokens(tokenizer, "so"), end, *bytes_as_tokens(tokenizer, "no")])
+    assert text_of(full_run, max_tokens=50) == "so"
+
+
+def test_max_tokens_is_a_limit(full_run, script, tokenizer):
+    given = script(bytes_as_tokens(tokenizer, "abcdefgh"))
+    assert text_of(full_run, max_tokens=5) == "abcde"
+    assert len(given) == 5  # the model is not asked for more than is printed
+
+
+def test_a_special_token_in_the_prompt_is_text(full_run, script, tokenizer, end):
+    given = script(bytes_as_tokens(tokenizer, "x"))
+    text_of(full_run, prompt="a<|endoftext|>b", max_tokens=1)
+    assert given[0].count(end) == 1 and given[0][0] == end
+    assert tokenizer.decode(given[0][1:], skip_special_tokens=False) == "a<|endoftext|>b"
+
+
+def test_an_empty_prompt_begins_a_document(full_run, script, tokenizer, end):
+    given = script(bytes_as_tokens(tokenizer, "x"))
+    text_of(full_run, prompt="", max_tokens=1)
+    assert given == [[end]]
+
+
+def test_characters_of_several_bytes_come_whole(full_run, script, tokenizer):
+    text = "aé漢😀 \u0627b"
+    ids = bytes_as_tokens(tokenizer, text)
+    assert len(ids) == len(text.encode())
+    script(ids)
+    assert list(generate_text.stream(config(max_tokens=len(ids)), full_run)) == list(text)
+
+
+def test_half_a_character_at_the_end_is_not_printed(full_run, script, tokenizer):
+    ids = bytes_as_tokens(tokenizer, "ab漢")
+    script(ids)
+    assert text_of(full_run, max_tokens=len(ids) - 1) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ((), "one two STOP three"),
+        (("STOP",), "one two "),
+        (("three", " two"), "one"),  # the first of them in the text, not in the list
+        (("TOP t", "STOPS"), "one two S"),
+        (("x", "threee"), "one two STOP three"),  # begun and not finished: it is text
+        (("e",), "on"),
+        (("one",), ""),
+    ],
+)
+def test_a_stop_text_ends_it_and_is_not_printed(full_run, script, tokenizer, stop, expected):
+    ids = bytes_as_tokens(tokenizer, "one two STOP three")  # a piece per letter: every stop is spread over pieces
+    script(ids)
+    assert text_of(full_run, max_tokens=len(ids), stop=stop) == expected
+
+
+def test_text_is_held_back_no_longer_than_a_stop_may_take(full_run, script, tokenizer):
+    ids = bytes_as_tokens(tokenizer, "abcdefghij")
+    given = script(ids)
+    seen = []
+    for piece in generate_text.stream(config(max_tokens=10, stop=("xyz",)), full_run):
+        seen.append((piece, len(given)))
+    assert seen[0] == ("a", 3)
+    assert "".join(piece for piece, _ in seen) == "abcdefghij"
+
+
+def test_the_model_stops_being_asked_at_a_stop(full_run, script, tokenizer):
+    given = script(bytes_as_tokens(tokenizer, "abcdefghij"))
+    assert text_of(full_run, max_tokens=10, stop=("cd",)) == "ab"
+    assert len(given) == 4
+
+
+def test_an_empty_stop_text_is_refused():
+    with pytest.raises(ValueError, match="end everything at once"):
+        config(stop=("a", ""))
+
+
+def test_the_number_of_experts_may_be_more_than_there_are(full_run):
+    assert text_of(full_run, "cbtm", experts=9, temperature=0) == text_of(full_run, "cbtm", experts=3, temperature=0)
+
+
+@pytest.mark.parametrize("model", ["sed", "central-none", "expert:3", "expert:", "expert:x", "gates", "central-alone"])
+def test_an_unknown_model_is_one_line_with_those_there_are(full_run, model):
+    with pytest.raises(UsageFailure) as refused:
+        text_of(full_run, model)
+    message = str(refused.value)
+    assert "\n" not in message and model in message
+    for known in ("seed", "dense", "expert:0 to expert:2", "cbtm", "central", "central-calm", "central-control"):
+        assert known in message
+
+
+def test_a_run_without_dense_and_compositions_says_so(expert_run, copied_run):
+    run_dir = copied_run(expert_run)
+    shutil.rmtree(run_dir / "dense")
+    for model in ("dense", "central"):
+        with pytest.raises(UsageFailure, match="seed, expert:0 to expert:2, cbtm"):
+            text_of(run_dir, model)
+    assert text_of(run_dir, "cbtm")
+
+
+def test_a_run_without_experts_says_what_to_run(seeded_run):
+    with pytest.raises(UsageFailure, match=r"no experts in .*: run `cpipe train-experts .*` first"):
+        text_of(seeded_run, "cbtm")
