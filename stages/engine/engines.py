@@ -68,9 +68,8 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
     if name == "torch" and (place.world > 1 or config.zero_stage):
         raise UsageFailure("--engine torch trains on one device, without ZeRO: use --engine deepspeed")
     if config.zero_stage == 3:
-        module = copy.deepcopy(
-            module
-        )  # ZeRO 3 takes a module's weights apart, frozen ones too, and never puts them back
+        # It takes a module's weights apart, frozen ones too, and never puts them back.
+        module = copy.deepcopy(module)
     wrapped = Autocast(module, place.device, choose_precision(config, place)).to(place.device)
     optimizer = _optimizer(wrapped, config, place)
     return (

@@ -62,6 +62,22 @@ def test_the_written_weights_are_the_trained_ones(seeded_run):
     assert loss == pytest.approx(SeedManifest.read(seeded_run).metrics.training.final_loss, abs=0.4)
 
 
+def test_it_trains_on_the_rows_of_all_documents_in_the_order_of_its_seed(seeded_run, copied_run, config, monkeypatch):
+    run_dir, seen = copied_run(seeded_run), []
+
+    def record(module, batch_at, training, folder, label):
+        seen.extend(batch_at(step) for step in (0, 3))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_seed, "train", record)
+    with pytest.raises(KeyboardInterrupt):
+        train_seed.run(changed(config, seed=4), run_dir, force=True)
+    tokens = TokenizeManifest.read(run_dir)
+    store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])
+    rows = train_seed.Rows(store, tokens.metrics.end_of_text, 32)
+    assert torch.equal(torch.stack(seen), torch.stack([rows.batch(step, 6, seed=4) for step in (0, 3)]))
+
+
 def test_a_second_call_is_up_to_date(seeded_run, config, no_training):
     assert train_seed.run(config, seeded_run) == SeedManifest.read(seeded_run)
 
