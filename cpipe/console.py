@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from loguru import logger
 from rich.console import Console
+from rich.text import Text
 
 from schemas.failures import Failure
 from schemas.launch import launched_as
@@ -53,11 +54,7 @@ def session(run_dir: Path, command: str, *, log: bool = True) -> Iterator[None]:
 
 def complain(message: str) -> None:
     """One line on standard error."""
-    ERRORS.print(f"[bold red]cpipe:[/] {_escaped(message)}", soft_wrap=True, highlight=False)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+    ERRORS.print(Text.assemble(("cpipe:", "bold red"), " ", message), soft_wrap=True)
 
 
 @contextmanager
@@ -89,9 +86,8 @@ class _Bar:
         extra = record["extra"]
         if "task" not in extra:
             if record["level"].no > 20 or not self._tasks:
-                self._progress.console.print(
-                    _escaped(record["message"]), style="yellow" if record["level"].no > 20 else ""
-                )
+                style = "yellow" if record["level"].no > 20 else ""
+                self._progress.console.print(Text(record["message"], style))
             return
         if extra["task"] not in self._tasks:
             self._tasks[extra["task"]] = self._progress.add_task(extra["task"], text="")

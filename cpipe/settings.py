@@ -63,7 +63,7 @@ def read_settings(run_dir: Path, file: Path | None, commands: tuple[str, ...]) -
         if command not in commands:
             raise UsageFailure(f"{path}: unknown table [{command}]{_suggestion(command, commands)}")
         tables[command] = value if isinstance(value, list) else [value]
-        if not all(isinstance(table, dict) for table in tables[command]):
+        if not tables[command] or not all(isinstance(table, dict) for table in tables[command]):
             raise UsageFailure(f"{path}: [{command}] must be a table of settings")
     return tables
 

@@ -45,7 +45,7 @@ class Strict(BaseModel):
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Read the model from plain values, as TOML and command-line flags give them."""
-        return cls.model_validate_json(json.dumps(values))
+        return cls.model_validate_json(json.dumps(values, default=str))  # a date, which TOML has, is no JSON
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
