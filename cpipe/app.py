@@ -31,6 +31,7 @@ def build_app(asked: str | None = None) -> typer.Typer:
         name="cpipe",
         help="From raw text to a composed language model, in staged commands.",
         no_args_is_help=True,
+        rich_markup_mode=None,  # rich's columns cut the names of flags on a terminal of 80 characters
         pretty_exceptions_show_locals=False,
     )
     for stage in STAGES:
@@ -150,11 +151,8 @@ def status(run: Run, as_json: AsJson = False) -> None:
     """Show how far a run has got; reads only manifests."""
     from cpipe.console import session
     from cpipe.show import show_status
-    from schemas.failures import UsageFailure
 
     with session(run, "status", log=False):
-        if not run.is_dir():
-            raise UsageFailure(f"no run at {run}: `cpipe tokenize {run} FILES` begins one")
         show_status(run, [(stage.command, stage.manifest) for stage in STAGES], as_json=as_json)
 
 

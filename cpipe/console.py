@@ -18,13 +18,14 @@ from loguru import logger
 from rich.console import Console
 from rich.text import Text
 
-from schemas.failures import Failure
+from schemas.failures import Failure, UsageFailure
 from schemas.launch import launched_as
 
 if TYPE_CHECKING:
     from loguru import Message
 
 ERRORS = Console(stderr=True)
+BEGINNERS = ("collect", "tokenize", "run", "demo")  # commands that may make the run's folder
 LOG_FORMAT = "{time:HH:mm:ss} {level: <7} {message}"
 
 
@@ -33,6 +34,8 @@ def session(run_dir: Path, command: str, *, log: bool = True) -> Iterator[None]:
     """Set up logs and the progress bar for one command, and turn its failures into exit codes."""
     logger.remove()
     try:
+        if command not in BEGINNERS and not run_dir.is_dir():
+            raise UsageFailure(f"no run at {run_dir}: `cpipe tokenize {run_dir} FILES` begins one")
         if log and launched_as().rank == 0:
             (run_dir / "logs").mkdir(parents=True, exist_ok=True)
             logger.add(run_dir / "logs" / f"{command}.log", format=LOG_FORMAT, level="INFO")

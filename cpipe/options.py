@@ -46,9 +46,8 @@ def _annotation(leaf: Leaf) -> Any:
     kind = _flag_type(leaf.field.annotation)
     if isinstance(extra, dict) and extra.get("argument"):
         return Annotated[kind | None, typer.Argument(help=leaf.field.description, show_default=False)]
-    panel = " ".join(leaf.path[:-1]).replace("_", " ").capitalize() or "Settings"
     help_text = f"{leaf.field.description}{_default(leaf.default)}"
-    return Annotated[kind | None, typer.Option(help=help_text, rich_help_panel=panel, show_default=False)]
+    return Annotated[kind | None, typer.Option(help=help_text, show_default=False)]
 
 
 def _flag_type(annotation: Any) -> Any:

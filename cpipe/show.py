@@ -8,11 +8,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from schemas.manifest import FILE_NAME, Manifest
 from schemas.strict import Strict
 
-OUT = Console(width=None if sys.stdout.isatty() else 170)  # a table in a file must not be squeezed
+# A table in a file must not be squeezed, and neither tokens nor names of files are markup, though some look like it.
+OUT = Console(width=None if sys.stdout.isatty() else 170, markup=False, emoji=False)
 MOST_ROWS = 40
 CELL = 60  # characters shown of a long value
 
@@ -25,7 +27,7 @@ def show_manifest(manifest: Manifest, run_dir: Path, *, as_json: bool) -> None:
     if manifest.command == "evaluate":
         show_evaluation(manifest, run_dir)
         return
-    OUT.print(f"[bold]{manifest.command}[/] finished in {run_dir}: {len(manifest.outputs)} files")
+    OUT.print(Text(manifest.command, "bold") + f" finished in {run_dir}: {len(manifest.outputs)} files", soft_wrap=True)
     scalars = Table(box=None, show_header=False)
     for name, value in _flat(manifest.metrics):
         if isinstance(value, tuple) and value and isinstance(value[0], Strict):
@@ -82,8 +84,8 @@ def show_status(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]], *, 
 def show_samples(samples: dict[str, str]) -> None:
     """What some models wrote, by model."""
     for model, text in samples.items():
-        OUT.print(f"[bold]{model}[/]", highlight=False)
-        OUT.print(text, markup=False, highlight=False)
+        OUT.print(Text(model, "bold"))
+        OUT.print(text, highlight=False)
 
 
 def show_rows(title: str, rows: tuple[Strict, ...]) -> None:

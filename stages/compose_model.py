@@ -78,6 +78,8 @@ def run(config: ComposeConfig, run_dir: Path, *, force: bool = False) -> Compose
 
 
 def _read_upstream(config: ComposeConfig, run_dir: Path) -> Upstream:
+    # In the order of the pipeline, so that what is missing is named from the front.
+    tokens, seed, experts = TokenizeManifest.read(run_dir), SeedManifest.read(run_dir), ExpertsManifest.read(run_dir)
     gates = None
     if config.gates != "none":
         gates = GatesManifest.read(run_dir)
@@ -86,7 +88,7 @@ def _read_upstream(config: ComposeConfig, run_dir: Path) -> Upstream:
                 f"{run_dir / gates.folder} holds gates trained as {', '.join(gates.config.modes)}, not {config.gates}: "
                 f"use --gates {gates.config.modes[0]}, or run `cpipe train-gates` for {config.gates} too"
             )
-    return Upstream(TokenizeManifest.read(run_dir), SeedManifest.read(run_dir), ExpertsManifest.read(run_dir), gates)
+    return Upstream(tokens, seed, experts, gates)
 
 
 def _train_alone(config: CentralAloneConfig, run_dir: Path, upstream: Upstream, force: bool) -> CentralAloneManifest:

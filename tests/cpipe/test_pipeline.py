@@ -1,0 +1,124 @@
+import json
+import shutil
+import time
+
+import pytest
+
+from cpipe.pipeline import BY_COMMAND, PIPELINE, STAGES, TABLES
+
+
+def files_of(run_dir):
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in run_dir.rglob("*")
+        if path.is_file() and "logs" not in path.parts and ".locks" not in path.parts
+    }
+
+
+@pytest.fixture
+def begun(piped_run, tmp_path):
+    """A run with settings only."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    shutil.copy(piped_run / "cpipe.toml", run_dir)
+    return run_dir
+
+
+def test_the_pipeline_is_every_stage_but_the_demos_collector():
+    assert [stage.command for stage in STAGES if stage.command != "collect"] == list(PIPELINE)
+    assert set(TABLES) == {*BY_COMMAND, "generate"}
+
+
+def test_a_run_makes_every_stage_and_every_composition(piped_run):
+    for command in PIPELINE:
+        assert (piped_run / BY_COMMAND[command].manifest.folder / "manifest.json").is_file()
+    assert (piped_run / "central-calm/manifest.json").is_file()
+    models = json.loads((piped_run / "reports/table.json").read_text())["rows"]
+    assert {"composed stitch", "composed calm"} <= {row["model"] for row in models}
+    assert not list(piped_run.rglob("checkpoints"))
+
+
+def test_the_settings_of_each_table_reach_their_stage(piped_run):
+    configs = {command: BY_COMMAND[command].manifest.read(piped_run).config for command in PIPELINE}
+    assert configs["cluster"].clusters == 3
+    assert configs["train-seed"].training.steps == 3
+    assert configs["train-gates"].training.steps == 2
+    assert configs["train-gates"].training.weight_decay == 0  # the stage's own default, beside what the table gives
+    assert configs["compose"].bridge_training.bridge_steps == 2
+    assert configs["evaluate"].top_k == (1,)
+
+
+def test_the_log_of_a_run_lies_in_it(piped_run):
+    lines = (piped_run / "logs/run.log").read_text().splitlines()
+    told = [line.split(maxsplit=2)[-1] for line in lines]
+    assert [text for text in told if text in PIPELINE] == [
+        command for command in PIPELINE for _ in range(2 if command == "compose" else 1)
+    ]
+
+
+def test_a_second_run_does_nothing_and_is_quick(cpipe, piped_run, tiny_corpus, copied_run):
+    run_dir = copied_run(piped_run)
+    before, start = files_of(run_dir), time.perf_counter()
+    result = cpipe("run", run_dir, tiny_corpus)
+    assert result.exit_code == 0, result.stderr
+    assert time.perf_counter() - start < 5
+    assert files_of(run_dir) == before
+
+
+def test_a_second_run_needs_no_text(cpipe, piped_run, copied_run):
+    run_dir = copied_run(piped_run)
+    before = files_of(run_dir)
+    assert cpipe("run", run_dir).exit_code == 0
+    assert files_of(run_dir) == before
+
+
+def test_a_run_that_stopped_goes_on_where_it_was(cpipe, piped_run, copied_run):
+    run_dir = copied_run(piped_run)
+    whole = files_of(run_dir)
+    for folder in ("experts/001", "gates", "central", "reports"):
+        shutil.rmtree(run_dir / folder)
+    (run_dir / "experts/manifest.json").unlink()
+    assert cpipe("run", run_dir).exit_code == 0
+    after = files_of(run_dir)
+    assert after.keys() == whole.keys()
+    for path, (_, content) in after.items():
+        if path.name not in ("manifest.json", "metrics.jsonl"):  # they hold times
+            assert content == whole[path][1], path
+    untouched = run_dir / "seed/model.safetensors", run_dir / "experts/000/model.safetensors"
+    assert all(after[path][0] == whole[path][0] for path in untouched)
+
+
+def test_until_a_stage(cpipe, begun, tiny_corpus):
+    result = cpipe("run", begun, tiny_corpus, "--until", "cluster", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["schema"] == "cpipe.cluster/1"
+    assert {path.name for path in begun.iterdir() if path.is_dir()} == {"tokens", "clusters", "logs", ".locks"}
+
+
+def test_until_no_stage_is_one_line(cpipe, begun, tiny_corpus, line):
+    result = cpipe("run", begun, tiny_corpus, "--until", "clusters")
+    assert result.exit_code == 2
+    assert "--until clusters is no stage; expected one of tokenize, cluster, train-seed" in line(result)
+
+
+def test_a_run_of_no_text_says_so(cpipe, begun, line):
+    result = cpipe("run", begun)
+    assert result.exit_code == 2
+    assert "no text given" in line(result)
+
+
+def test_a_changed_setting_stops_the_run_at_its_stage(cpipe, piped_run, copied_run, line):
+    run_dir = copied_run(piped_run)
+    settings = run_dir / "cpipe.toml"
+    settings.write_text(settings.read_text().replace("dimensions = 8", "dimensions = 6"))
+    result = cpipe("run", run_dir)
+    assert result.exit_code == 2
+    assert "dimensions was 8 and is now 6: give --force" in line(result)
+
+
+@pytest.mark.parametrize("command", [*PIPELINE[1:], "generate", "status"])
+def test_a_mistyped_run_is_not_made(cpipe, tmp_path, command, line):
+    result = cpipe(command, tmp_path / "nowhere")
+    assert result.exit_code == 2
+    assert "no run at" in line(result) and "cpipe tokenize" in line(result)
+    assert not (tmp_path / "nowhere").exists()
