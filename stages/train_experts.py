@@ -44,7 +44,7 @@ def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> Experts
             raise UsageFailure(f"--expert {config.expert} is not one of {', '.join(members)}")
         return _train_member(folder, members[folder], run_dir, upstream, force)
     finished = {folder: _train_member(folder, member, run_dir, upstream, force) for folder, member in members.items()}
-    return _finish(config, run_dir, finished, force)
+    return _finish(config, run_dir, finished)
 
 
 def _members(config: ExpertsConfig, clusters: int) -> Iterator[tuple[str, ExpertConfig]]:
@@ -110,11 +110,11 @@ def _from_seed(run_dir: Path, seed: SeedManifest) -> Decoder:
     return decoder.train().requires_grad_(True)
 
 
-def _finish(config: ExpertsConfig, run_dir: Path, members: dict[str, ExpertManifest], force: bool) -> ExpertsManifest:
+def _finish(config: ExpertsConfig, run_dir: Path, members: dict[str, ExpertManifest]) -> ExpertsManifest:
     """Write the manifest of `experts/`: the digests of its members stand for their content."""
     inputs = [InputRef(name=folder, digest=member.content_digest()) for folder, member in members.items()]
     experts = [member for folder, member in members.items() if folder != "dense"]
-    with claim_folder(run_dir, ExpertsManifest, config, inputs, force=force, keep_content=True) as claim:
+    with claim_folder(run_dir, ExpertsManifest, config, inputs, collection=True) as claim:
         return claim.finished or claim.finish(
             [],
             ExpertsMetrics(

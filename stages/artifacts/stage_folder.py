@@ -53,7 +53,18 @@ class Claim(Generic[M]):
         self._started = time.monotonic()
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
-    def begin(self, force: bool, keep_content: bool) -> None:
+    def begin_collection(self) -> None:
+        """Find the collection up to date. What it says follows from its members, so a stale one is dropped unasked."""
+        path = self.path / FILE_NAME
+        if not path.exists():
+            return
+        manifest = self._manifest_type.read(self.run_dir, self.folder)
+        if manifest.key == self._key:
+            self.finished = manifest
+        elif self.leader:
+            path.unlink()
+
+    def begin(self, force: bool) -> None:
         """Find the stage up to date, or clear the way for it. Raises UsageFailure when it is stale and not forced."""
         if not self.leader and force:
             return  # the leader sets the old folder aside
@@ -62,12 +73,9 @@ class Claim(Generic[M]):
                 self.finished = self._up_to_date()
                 self._tidy()
                 return
-            if keep_content:
-                (self.path / FILE_NAME).unlink()
-            else:
-                shutil.rmtree(self._replaced, ignore_errors=True)
-                os.replace(self.path, self._replaced)
-        if not self.leader or keep_content:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            os.replace(self.path, self._replaced)
+        if not self.leader:
             return
         claim = self.path / CLAIM_NAME
         if self.path.exists() and not (claim.is_file() and claim.read_text() == self._key):
@@ -87,7 +95,7 @@ class Claim(Generic[M]):
             ref.locate(self.run_dir)
         return manifest
 
-    def finish(self, outputs: Sequence[FileRef], metrics: Strict, processes: int = 1) -> M:
+    def finish(self, outputs: Sequence[FileRef], metrics: Strict) -> M:
         """Write the manifest (the leader does): from now on the stage is finished."""
         manifest = self._manifest_type(
             schema_id=self._manifest_type.expected_schema(),
@@ -96,7 +104,7 @@ class Claim(Generic[M]):
             inputs=self._inputs,
             outputs=tuple(outputs),
             metrics=metrics,
-            environment=environment(self._started_at, time.monotonic() - self._started, processes),
+            environment=environment(self._started_at, time.monotonic() - self._started, launched_as().world),
         )
         if not self.leader:
             return manifest
@@ -120,16 +128,19 @@ def claim_folder(
     *,
     folder: str | None = None,
     force: bool = False,
-    keep_content: bool = False,
+    collection: bool = False,
 ) -> Iterator[Claim[M]]:
-    """Hold the stage's folder for the length of the block. `keep_content`: it holds finished stages of their own.
+    """Hold the stage's folder for the length of the block. `collection`: it holds finished stages of its own.
 
     Raises LockedFailure when another process holds it, UsageFailure when it is finished with other settings or inputs.
     """
     name = folder or manifest_type.folder
     with _lock(run_dir, name) if launched_as().rank == 0 else nullcontext():
         claim = Claim(run_dir, name, manifest_type, config, inputs)
-        claim.begin(force, keep_content)
+        if collection:
+            claim.begin_collection()
+        else:
+            claim.begin(force)
         yield claim
 
 

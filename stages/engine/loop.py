@@ -48,25 +48,24 @@ def train(
     saved = folder / "checkpoints"
     progress = _resume(engine, saved, label)
     losses = list(progress.losses)
-    first_step, started = progress.step, time.monotonic()
+    reporter = Reporter(label, folder, config, progress.step, place)
     with _stop_requested() as stopping:
-        for step in range(first_step, config.steps):
+        for step in range(progress.step, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)
             rate = learning_rate(step, config)
             parts, norm = engine.step(_share(batch_at(step), config, place), rate)
             losses.append(_checked_loss(parts["loss"], norm, step, label, place))
-            progress = Progress(step=step + 1, tokens=_tokens(config, step + 1), losses=tuple(losses))
-            speed = (step + 1 - first_step) / (time.monotonic() - started)
-            _report(label, folder, progress, config, parts, norm, rate, speed, place)
-            stop = any_process(stopping(), place)
-            if stop or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
-                _save(engine, saved, progress, place)
-            if stop and step + 1 < config.steps:
-                raise InterruptedFailure(f"{label} stopped after step {step + 1}: run the same command to resume")
+            done = step + 1
+            reporter.report(done, losses[-1], parts, norm, rate)
+            stop = any_process(stopping(), place) and done < config.steps
+            if stop or (done % config.checkpoint_every == 0 and done < config.steps):
+                _save(engine, saved, losses, config, place)
+            if stop:
+                raise InterruptedFailure(f"{label} stopped after step {done}: run the same command to resume")
     _load_final(module, engine)
     if place.rank == 0:
         shutil.rmtree(saved, ignore_errors=True)
-    return _metrics(progress, config, engine, place)
+    return _metrics(losses, config, engine, place)
 
 
 def _check_division(config: TrainingConfig, place: Place) -> None:
@@ -106,13 +105,11 @@ def _checked_loss(loss: Tensor, norm: float, step: int, label: str, place: Place
     return value
 
 
-def _tokens(config: TrainingConfig, steps: int) -> int:
-    return steps * config.batch_size * config.sequence_length
-
-
-def _save(engine: Engine, saved: Path, progress: Progress, place: Place) -> None:
+def _save(engine: Engine, saved: Path, losses: list[float], config: TrainingConfig, place: Place) -> None:
     state = engine.state()  # every process takes part: with ZeRO the pieces are gathered
     if place.rank == 0:
+        done = len(losses)
+        progress = Progress(step=done, tokens=done * config.batch_size * config.sequence_length, losses=tuple(losses))
         checkpoints.save(saved, state, progress)
     if place.world > 1:
         torch.distributed.barrier()
@@ -126,47 +123,56 @@ def _load_final(module: nn.Module, engine: Engine) -> None:
             parameter.data = state[f"weight/{name}"].to(parameter.device).clone()
 
 
-def _report(
-    label: str,
-    folder: Path,
-    progress: Progress,
-    config: TrainingConfig,
-    parts: dict[str, Tensor],
-    norm: float,
-    rate: float,
-    steps_per_second: float,
-    place: Place,
-) -> None:
-    """Move the progress bar; every `log_every` steps add a line to the log and to metrics.jsonl."""
-    if place.rank:
-        return
-    tokens_per_second = steps_per_second * config.batch_size * config.sequence_length
-    text = f"loss {progress.losses[-1]:.3f} · {tokens_per_second:,.0f} tokens/s"
-    logger.bind(task=label, done=progress.step, total=config.steps).debug("{}", text)
-    if progress.step % config.log_every and progress.step != config.steps:
-        return
-    logger.info("{} {}/{} · {} · rate {:.2e}", label, progress.step, config.steps, text, rate)
-    numbers = {name: float(value) for name, value in parts.items()}
-    line = {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        **numbers,
-        "learning_rate": rate,
-        "gradient_norm": norm,
-        "tokens_per_second": tokens_per_second,
-    }
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+class Reporter:
+    """Moves the progress bar; every `log_every` steps adds a line to the log and to metrics.jsonl."""
+
+    def __init__(self, label: str, folder: Path, config: TrainingConfig, first_step: int, place: Place) -> None:
+        self._label = label
+        self._path = folder / "metrics.jsonl"
+        self._config = config
+        self._first_step = first_step
+        self._started = time.monotonic()
+        self._silent = place.rank > 0
+        if not self._silent:
+            self._forget_after(first_step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run does again."""
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self._path.write_text("".join(kept))
+
+    def report(self, step: int, loss: float, parts: dict[str, Tensor], norm: float, rate: float) -> None:
+        """Tell of step number `step`, from 1."""
+        if self._silent:
+            return
+        config = self._config
+        steps_per_second = (step - self._first_step) / (time.monotonic() - self._started)
+        tokens_per_second = steps_per_second * config.batch_size * config.sequence_length
+        text = f"loss {loss:.3f} · {tokens_per_second:,.0f} tokens/s"
+        logger.bind(task=self._label, done=step, total=config.steps).debug("{}", text)
+        if step % config.log_every and step != config.steps:
+            return
+        logger.info("{} {}/{} · {} · rate {:.2e}", self._label, step, config.steps, text, rate)
+        line = {
+            "step": step,
+            "tokens": step * config.batch_size * config.sequence_length,
+            **{name: float(value) for name, value in parts.items()},
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens_per_second": tokens_per_second,
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
-def _metrics(progress: Progress, config: TrainingConfig, engine: Engine, place: Place) -> TrainingMetrics:
-    losses = progress.losses
+def _metrics(losses: list[float], config: TrainingConfig, engine: Engine, place: Place) -> TrainingMetrics:
     last = losses[-max(1, len(losses) // 20) :]
     every = max(1, len(losses) // CURVE_POINTS)
     pieces = [losses[start : start + every] for start in range(0, len(losses), every)]
     return TrainingMetrics(
-        steps=progress.step,
-        tokens=progress.tokens,
+        steps=len(losses),
+        tokens=len(losses) * config.batch_size * config.sequence_length,
         first_loss=losses[0],
         final_loss=sum(last) / len(last),
         curve=tuple(sum(piece) / len(piece) for piece in pieces),

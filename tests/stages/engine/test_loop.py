@@ -69,6 +69,13 @@ def test_a_resumed_training_repeats_no_step_before_its_checkpoint(tmp_path):
     assert asked == [6, 7]
 
 
+def test_a_resumed_training_leaves_one_line_per_step(tmp_path):
+    killed(tmp_path, 7)
+    trained(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+
+
 @pytest.mark.parametrize("first, then", [("torch", "zero-0"), ("torch", "zero-2"), ("zero-1", "torch")])
 def test_a_checkpoint_of_one_engine_resumes_under_another(first, then, tmp_path):
     expected = trained(tmp_path / "whole")[0]
@@ -249,7 +256,7 @@ def test_two_processes_give_the_weights_of_one(engines, tmp_path):
         for rank in (0, 1):
             assert_close(weights_of(tmp_path / "two", rank, number), expected[0], 1e-5)
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 9)) * len(engines)
+    assert [line["step"] for line in lines] == list(range(1, 9))
 
 
 def test_two_processes_stop_together_when_one_gets_the_signal(tmp_path):
