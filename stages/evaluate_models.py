@@ -8,7 +8,6 @@
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from schemas.cluster_documents import ClusterManifest
 from schemas.evaluate_models import EvaluateConfig, EvaluateManifest, EvaluateMetrics, ModelRow, UsageRow
-from schemas.failures import UsageFailure
 from schemas.files import write_bytes
 from schemas.tokenize_text import TokenizeManifest
 from stages.artifacts.model_folder import device, read_tensors
@@ -38,7 +36,7 @@ from stages.nn.gates import ExpertGates
 from stages.nn.leaks import gap_to_prefix
 from stages.nn.mixture import mean_models_run, mixed_log_probs, oracle_log_weights, posterior_log_weights
 from stages.reporting.scores import ScoreTable
-from stages.reporting.table import markdown, plot
+from stages.reporting.table import as_json, markdown, plot
 
 Forward = Callable[[Tensor], Tensor]  # ids [B, T] -> logits [B, T, V]
 
@@ -60,7 +58,7 @@ def run(config: EvaluateConfig, run_dir: Path, *, force: bool = False) -> Evalua
         rows = evaluation.table.rows()
         usage = tuple(evaluation.usage)
         outputs = [
-            write_bytes(claim.path / "table.json", _json(rows, usage), run_dir),
+            write_bytes(claim.path / "table.json", as_json(rows, usage), run_dir),
             write_bytes(claim.path / "table.md", markdown(rows, usage).encode(), run_dir),
             write_bytes(claim.path / "bits_per_byte.png", plot(rows), run_dir),
         ]
@@ -85,9 +83,9 @@ class Evaluation:
         store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("valid")])
         self.shape = models.decoder("seed")[0]
         length = self.shape.max_position_embeddings
-        documents = _choose(store, config.tokens, "--tokens")
+        documents = choose_documents(store, config.tokens)
         self.windows = Windows(store, documents, tokens.metrics.end_of_text, length)
-        few = _choose(store, min(config.tokens, config.usage_tokens), "--usage-tokens")
+        few = choose_documents(store, min(config.tokens, config.usage_tokens))
         self.usage_windows = Windows(store, few, tokens.metrics.end_of_text, length)
         assigned = np.asarray(read_table(clusters.output("assignments-valid.arrow").check(run_dir))["cluster"])
         self.table = ScoreTable(
@@ -120,15 +118,10 @@ class Evaluation:
     def score(self, forward: Forward, label: str, windows: Windows | None = None) -> Tensor:
         """Log-probability [N], in nats, that `forward` gives to every token of `windows` (all that are scored)."""
         windows = windows or self.windows
-        found = torch.empty(windows.tokens)
-        place = device()
-        done = 0
-        for batch in windows.batches(self.config.score_batch_size):
-            with torch.no_grad():
-                log_probs = token_log_probs(forward(batch.ids.to(place)), batch.targets.to(place)).cpu()
-            found[torch.from_numpy(batch.place)] = log_probs[torch.from_numpy(batch.real)]
-            done += len(batch.place)
-            logger.bind(task=f"score {label}", done=done, total=windows.tokens).debug("tokens")
+        size, place = self.config.score_batch_size, device()
+        found = windows.collect(
+            lambda ids, targets: token_log_probs(forward(ids), targets), size, f"score {label}", place
+        )
         logger.info("scored {}: {:.4f} nats per token", label, -float(found.mean()))
         return found
 
@@ -153,15 +146,23 @@ class Evaluation:
         name = f"best single expert ({best:03d})"
         self.table.add(name, "single", self.expert_scores[:, best], size, size, self.experts_training, flops)
 
-    def _add_mixture(self, name: str, group: str, log_weight_NX: Tensor) -> None:
-        """A row that mixes the experts with these weights, at the cost of those it asks."""
+    def _add_mixture(self, name: str, group: str, log_weight_NX: Tensor, training: float | None = None) -> None:
+        """A row that mixes models with these weights, at the cost of those it asks.
+
+        One slot more than there are experts means gates: the first is the seed, which they read up to their layer in
+        any case.
+        """
+        count = len(self.models.experts)
+        gated = log_weight_NX.shape[1] > count
+        scores = torch.cat([self.seed_scores[:, None], self.expert_scores], -1) if gated else self.expert_scores
         asked = (log_weight_NX > -torch.inf).numpy()
-        experts = mean_models_run(asked, self.windows.window_starts())
-        scores = mixed_log_probs(log_weight_NX, self.expert_scores)
-        active = round(float(asked.sum(-1).mean()) * self.parameters)
+        flops = mean_models_run(asked[:, -count:], self.windows.window_starts()) * self.forward_flops
+        if gated:
+            flops += self.forward_flops if asked[:, 0].any() else self.gate_flops
         stored = asked.shape[1] * self.parameters
-        flops = experts * self.forward_flops
-        self.table.add(name, group, scores, stored, active, self.experts_training, flops)
+        active = round(float(asked.sum(-1).mean()) * self.parameters)
+        mixed = mixed_log_probs(log_weight_NX, scores)
+        self.table.add(name, group, mixed, stored, active, training or self.experts_training, flops)
 
     def _spans(self) -> Iterator[slice]:
         """Where each document's tokens lie."""
@@ -212,28 +213,13 @@ class Evaluation:
             reader = ExpertGates.from_tensors(tensors, gates.metrics.layer, mode).to(device())
             for top_k in self._counts():
                 weights = self._gate_weights(seed, reader, top_k)
-                self._add_gated(f"gates {mode} {_top(top_k)}", weights, training)
+                self._add_mixture(f"gates {mode} {_top(top_k)}", "gates", weights, training)
 
     def _gate_weights(self, seed: Decoder, gates: ExpertGates, top_k: int | None) -> Tensor:
-        found = torch.empty(self.windows.tokens, len(gates.vectors) + 1)
-        for batch in self.windows.batches(self.config.score_batch_size):
-            with torch.no_grad():
-                u_BTD = seed.hidden_states(batch.ids.to(device()), depth=gates.layer)[-1]
-                weights = gates.log_weights(u_BTD, top_k).cpu()
-            found[torch.from_numpy(batch.place)] = weights[torch.from_numpy(batch.real)]
-        return found
+        def weights(ids_BT: Tensor, _: Tensor) -> Tensor:
+            return gates.log_weights(seed.hidden_states(ids_BT, depth=gates.layer)[-1], top_k)
 
-    def _add_gated(self, name: str, log_weight_NX: Tensor, training: float) -> None:
-        """A row whose first slot is the seed; the gates read the seed up to their layer in any case."""
-        scores = torch.cat([self.seed_scores[:, None], self.expert_scores], -1)
-        asked = (log_weight_NX > -torch.inf).numpy()
-        starts = self.windows.window_starts()
-        experts = mean_models_run(asked[:, 1:], starts)
-        seed = self.forward_flops if asked[:, 0].any() else self.gate_flops
-        active = round(float(asked.sum(-1).mean()) * self.parameters)
-        mixed = mixed_log_probs(log_weight_NX, scores)
-        stored = asked.shape[1] * self.parameters
-        self.table.add(name, "gates", mixed, stored, active, training, experts * self.forward_flops + seed)
+        return self.windows.collect(weights, self.config.score_batch_size, "gates", device())
 
     def add_central_models(self) -> None:
         """The central model alone, every composition, and what both lose without their parts."""
@@ -292,24 +278,9 @@ class Evaluation:
         )
 
 
-def _choose(store: TokenStore, tokens: int, flag: str) -> list[int]:
-    documents = choose_documents(store, tokens)
-    if not documents:
-        raise UsageFailure(
-            f"{flag} {tokens} holds no whole held-out document (the shortest has {store.lengths.min()} tokens, and "
-            f"sources share): give more"
-        )
-    return documents
-
-
 def _logits(model: torch.nn.Module, ablate: frozenset[str], ids: Tensor) -> Tensor:
     return model(ids, ablate=ablate).logits_BTV
 
 
 def _top(count: int | None) -> str:
     return "all" if count is None else f"top-{count}"
-
-
-def _json(rows: tuple[ModelRow, ...], usage: tuple[UsageRow, ...]) -> bytes:
-    content = {"rows": [row.model_dump() for row in rows], "usage": [row.model_dump() for row in usage]}
-    return (json.dumps(content, indent=2) + "\n").encode()

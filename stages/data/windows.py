@@ -5,13 +5,15 @@
 - results of all models are flat arrays over the same tokens, in the order of the documents
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from loguru import logger
 from torch import Tensor
 
+from schemas.failures import UsageFailure
 from stages.data.token_store import TokenStore
 
 
@@ -60,6 +62,22 @@ class Windows:
         for start in range(0, len(spans), size):
             yield self._batch(spans[start : start + size])
 
+    def collect(
+        self, compute: Callable[[Tensor, Tensor], Tensor], size: int, label: str, device: torch.device
+    ) -> Tensor:
+        """What `compute(ids [B, T], targets [B, T])` says of every token, flat: [N, …] for [B, T, …]."""
+        found = torch.empty(0)
+        done = 0
+        for batch in self.batches(size):
+            with torch.no_grad():
+                values = compute(batch.ids.to(device), batch.targets.to(device)).cpu()
+            if not done:
+                found = values.new_empty(self.tokens, *values.shape[2:])
+            found[torch.from_numpy(batch.place)] = values[torch.from_numpy(batch.real)]
+            done += len(batch.place)
+            logger.bind(task=label, done=done, total=self.tokens).debug("tokens")
+        return found
+
     def _batch(self, spans: list[tuple[int, int, int]]) -> WindowBatch:
         longest = max(last - first for _, first, last in spans)
         ids = np.full((len(spans), longest), self._end_of_text, dtype=np.int64)
@@ -80,7 +98,8 @@ class Windows:
 def choose_documents(store: TokenStore, tokens: int) -> list[int]:
     """Whole documents of at most `tokens` tokens together, every source getting the same share where it has so much.
 
-    In the order of the store within each source, which tokenize leaves unrelated to the split.
+    In the order of the store within each source, which tokenize leaves unrelated to the split. Raises UsageFailure when
+    not a single document fits.
     """
     sources = np.asarray(store.sources)
     names = sorted(set(store.sources))
@@ -94,4 +113,9 @@ def choose_documents(store: TokenStore, tokens: int) -> list[int]:
                 chosen.append(int(document))
                 taken += int(store.lengths[document])
         budget -= taken
+    if not chosen:
+        raise UsageFailure(
+            f"{tokens} tokens hold no whole held-out document (the shortest has {store.lengths.min()}, and sources share "
+            "the tokens): give more with --tokens or --usage-tokens"
+        )
     return sorted(chosen)

@@ -1,6 +1,7 @@
-"""The table of models as Markdown and as a picture."""
+"""The table of models as JSON, as Markdown and as a picture."""
 
 import io
+import json
 from collections.abc import Sequence
 
 from schemas.evaluate_models import ModelRow, UsageRow
@@ -13,6 +14,12 @@ COLORS = {
     "composed": "#e45756",
     "control": "#bab0ac",
 }
+
+
+def as_json(rows: Sequence[ModelRow], usage: Sequence[UsageRow]) -> bytes:
+    """`rows` and `usage`, for scripts."""
+    content = {"rows": [row.model_dump() for row in rows], "usage": [row.model_dump() for row in usage]}
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def markdown(rows: Sequence[ModelRow], usage: Sequence[UsageRow]) -> str:
