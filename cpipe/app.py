@@ -86,9 +86,13 @@ def _generate_command() -> Any:
     def act(run: Path, flags: dict[str, Any], settings: Path | None, as_json: bool) -> None:
         from cpipe.console import session
         from cpipe.settings import read_settings, resolve
+        from schemas.failures import UsageFailure
 
         with session(run, "generate"):
-            (table, *_) = read_settings(run, settings, TABLES).get("generate", [{}])
+            tables = read_settings(run, settings, TABLES).get("generate", [{}])
+            if len(tables) > 1:
+                raise UsageFailure(f"the settings have {len(tables)} tables [[generate]]: leave one")
+            (table,) = tables
             config = resolve(GenerateConfig, table, flags, "cpipe generate")
             from stages.generate_text import stream
 

@@ -115,7 +115,7 @@ def choose_documents(store: TokenStore, tokens: int) -> list[int]:
         budget -= taken
     if not chosen:
         raise UsageFailure(
-            f"{tokens} tokens hold no whole held-out document (the shortest has {store.lengths.min()}, and sources share "
-            "the tokens): give more with --tokens or --usage-tokens"
+            f"{tokens} tokens hold no whole held-out document (the shortest has {store.lengths.min()}, and sources "
+            "share the tokens): give more with --tokens or --usage-tokens"
         )
     return sorted(chosen)

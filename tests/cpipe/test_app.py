@@ -347,6 +347,12 @@ def test_generate_reads_its_table_and_stops_where_told(cpipe, piped_run, copied_
     assert cpipe(*words).stdout == text[: text.index(stop)] + "\n"
 
 
+def test_two_tables_for_one_text_are_refused(cpipe, tmp_path, line):
+    (tmp_path / "cpipe.toml").write_text("[[generate]]\nprompt = 'a'\n[[generate]]\nprompt = 'b'\n")
+    result = cpipe("generate", tmp_path)
+    assert result.exit_code == 2 and "2 tables [[generate]]" in line(result)
+
+
 def test_generate_names_the_models_there_are(cpipe, piped_run, line):
     result = cpipe("generate", piped_run, "--model", "sed")
     assert result.exit_code == 2

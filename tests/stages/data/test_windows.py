@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from schemas.failures import UsageFailure
 from stages.data.token_store import ShardWriter, TokenStore
 from stages.data.windows import Windows, choose_documents
 
@@ -95,7 +96,7 @@ def test_what_a_small_source_leaves_goes_to_the_others(store_of):
     assert [tokens_of(store, chosen, source) for source in ("small", "big", "huge")] == [10, 150, 150]
 
 
-@pytest.mark.parametrize("budget", [1, 7, 50, 120, 10_000])
+@pytest.mark.parametrize("budget", [7, 50, 120, 10_000])
 def test_documents_are_whole_within_the_budget_and_the_same_every_time(store_of, budget):
     draw = np.random.default_rng(0)
     store = store_of([("abcd"[draw.integers(4)], int(draw.integers(1, 30))) for _ in range(50)])
@@ -104,6 +105,13 @@ def test_documents_are_whole_within_the_budget_and_the_same_every_time(store_of,
     assert chosen == choose_documents(store, budget)
     if budget >= store.lengths.sum():
         assert chosen == list(range(50))
+
+
+def test_a_budget_no_document_fits_is_refused(store_of):
+    store = store_of([("a", 5), ("b", 9)])
+    with pytest.raises(UsageFailure, match=r"8 tokens hold no whole held-out document .the shortest has 5"):
+        choose_documents(store, 8)  # four for each source
+    assert choose_documents(store, 10) == [0]
 
 
 def test_a_document_too_long_for_the_share_does_not_end_the_choice(store_of):
