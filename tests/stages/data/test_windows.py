@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from schemas.failures import UsageFailure
 from stages.data.token_store import ShardWriter, TokenStore
@@ -117,3 +118,15 @@ def test_a_budget_no_document_fits_is_refused(store_of):
 def test_a_document_too_long_for_the_share_does_not_end_the_choice(store_of):
     store = store_of([("a", 90), ("a", 10), ("a", 20)])
     assert choose_documents(store, 40) == [1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_is_collected_stands_in_the_order_of_the_text(store, size):
+    windows = Windows(store, [4, 1, 6], END, 8)
+    text = np.concatenate([store.tokens(document) for document in (4, 1, 6)])
+    cpu = torch.device("cpu")
+    assert windows.collect(lambda ids, targets: targets, size, "x", cpu).tolist() == text.tolist()
+    pairs = windows.collect(lambda ids, targets: torch.stack([ids, targets], -1).float(), size, "x", cpu)
+    assert pairs.shape == (len(text), 2) and pairs.dtype == torch.float32
+    assert pairs[:, 1].tolist() == text.tolist()
+    assert pairs[9, 0] == text[8] and pairs[0, 0] == END
