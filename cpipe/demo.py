@@ -11,7 +11,7 @@ SETTINGS = """\
 # The demo's settings. Change them and run `cpipe run RUN --force`, or copy them for text of your own.
 
 [collect]
-bytes_per_kind = 700_000
+bytes_per_kind = 600_000
 
 [tokenize]
 vocab_size = 2048
@@ -29,19 +29,19 @@ num_attention_heads = 4
 num_key_value_heads = 4
 sequence_length = 128
 batch_size = 24
-steps = 300
-learning_rate = 3e-3
+steps = 200
+learning_rate = 4e-3
 
 [train-experts]
 sequence_length = 128
 batch_size = 24
-steps = 300
+steps = 200
 learning_rate = 2e-3
 
 [train-gates]
 sequence_length = 128
 batch_size = 8
-steps = 60
+steps = 40
 learning_rate = 1e-2
 
 [compose]
@@ -50,14 +50,15 @@ latent_layers = 2
 decoder_layers = 2
 sequence_length = 128
 batch_size = 24
-steps = 150
+steps = 100
 learning_rate = 2e-3
-bridge_steps = 100
-bridge_batch_size = 16
+bridge_steps = 60
+bridge_batch_size = 12
 bridge_learning_rate = 2e-3
 
 [evaluate]
-tokens = 40_000
+tokens = 30_000
+usage_tokens = 6_000
 """
 
 
