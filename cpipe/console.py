@@ -2,7 +2,7 @@
 
 - standard output carries results only; everything else goes to standard error and to RUN/logs/<command>.log
 - on a terminal training shows a bar; elsewhere a line now and then
-- parts report progress as log records that carry `task`, `done` and `total`; nothing else ties them to the terminal
+- parts report progress as log records with `task`, `done`, `total` and `text`; nothing else ties them to the terminal
 """
 
 import errno
@@ -78,22 +78,23 @@ def _terminal() -> Iterator[None]:
 
 
 class _Bar:
-    """A log sink that moves a bar for records with `task`, and prints the others above it."""
+    """A log sink that draws a bar for records with `task`, and prints the others, and what a bar ended with, above."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
         self._tasks: dict[str, Any] = {}
 
     def __call__(self, message: "Message") -> None:
-        record = message.record
-        extra = record["extra"]
+        record, extra = message.record, message.record["extra"]
         if "task" not in extra:
-            if record["level"].no > 20 or not self._tasks:
-                style = "yellow" if record["level"].no > 20 else ""
-                self._progress.console.print(Text(record["message"], style))
+            if record["level"].no >= 20:
+                self._progress.console.print(Text(record["message"], "yellow" if record["level"].no > 20 else ""))
             return
-        if extra["task"] not in self._tasks:
-            self._tasks[extra["task"]] = self._progress.add_task(extra["task"], text="")
-        self._progress.update(
-            self._tasks[extra["task"]], completed=extra["done"], total=extra["total"], text=record["message"]
-        )
+        task = extra["task"]
+        if task not in self._tasks:
+            self._tasks[task] = self._progress.add_task(task, text="")
+        self._progress.update(self._tasks[task], completed=extra["done"], total=extra["total"], text=extra["text"])
+        if extra["done"] >= extra["total"]:
+            self._progress.remove_task(self._tasks.pop(task))
+            if record["level"].no >= 20:
+                self._progress.console.print(Text(record["message"]))

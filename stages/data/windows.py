@@ -75,7 +75,7 @@ class Windows:
                 found = values.new_empty(self.tokens, *values.shape[2:])
             found[torch.from_numpy(batch.place)] = values[torch.from_numpy(batch.real)]
             done += len(batch.place)
-            logger.bind(task=label, done=done, total=self.tokens).debug("tokens")
+            logger.bind(task=label, done=done, total=self.tokens, text="tokens").debug("{}", label)
         return found
 
     def _batch(self, spans: list[tuple[int, int, int]]) -> WindowBatch:

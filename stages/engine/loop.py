@@ -150,11 +150,13 @@ class Reporter:
         steps_per_second = (step - self._first_step) / (time.monotonic() - self._started)
         tokens_per_second = steps_per_second * config.batch_size * config.sequence_length
         text = f"loss {loss:.3f} · {tokens_per_second:,.0f} tokens/s"
-        logger.bind(task=self._label, done=step, total=config.steps).debug("{}", text)
-        if step % config.log_every and step != config.steps:
+        logged = step % config.log_every == 0 or step == config.steps
+        progress = logger.bind(task=self._label, done=step, total=config.steps, text=text)
+        line = f"{self._label} {step}/{config.steps} · {text} · rate {rate:.2e}"
+        progress.log("INFO" if logged else "DEBUG", "{}", line)
+        if not logged:
             return
-        logger.info("{} {}/{} · {} · rate {:.2e}", self._label, step, config.steps, text, rate)
-        line = {
+        numbers = {
             "step": step,
             "tokens": step * config.batch_size * config.sequence_length,
             **{name: float(value) for name, value in parts.items()},
@@ -163,7 +165,7 @@ class Reporter:
             "tokens_per_second": tokens_per_second,
         }
         with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(numbers) + "\n")
 
 
 def _metrics(losses: list[float], config: TrainingConfig, engine: Engine, place: Place) -> TrainingMetrics:

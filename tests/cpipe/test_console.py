@@ -1,8 +1,10 @@
 import errno
+import io
 
 import pytest
 import typer
 from loguru import logger
+from rich.console import Console
 
 from cpipe.console import complain, session
 from schemas import failures
@@ -88,18 +90,26 @@ def test_other_processes_of_a_job_write_no_log(tmp_path, capsys, monkeypatch):
 
 
 def test_a_terminal_gets_a_bar_that_moves_and_lines_above_it(tmp_path, monkeypatch):
-    import io
-
-    from rich.console import Console
-
     screen = io.StringIO()
     monkeypatch.setattr("cpipe.console.ERRORS", Console(file=screen, force_terminal=True, width=120))
     with session(tmp_path, "train-seed"):
         logger.info("reading [x] text")
         for done in (1, 2):
-            logger.bind(task="seed", done=done, total=2).debug("loss 5.{}", done)
+            logger.bind(task="seed", done=done, total=3, text=f"loss 5.{done}").debug("not for people")
         logger.warning("take care")
     shown = screen.getvalue()
     assert "reading [x] text" in shown and "take care" in shown
-    assert "seed" in shown and "2/2" in shown and "loss 5.2" in shown
+    assert "seed" in shown and "2/3" in shown and "loss 5.2" in shown
+    assert "not for people" not in shown
     assert "loss" not in (tmp_path / "logs/train-seed.log").read_text()
+
+
+def test_a_bar_that_is_full_gives_way_to_its_last_line(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr("cpipe.console.ERRORS", Console(file=screen, force_terminal=True, width=120))
+    with session(tmp_path, "train-seed"):
+        for task in ("one", "two"):
+            logger.bind(task=task, done=2, total=2, text="loss").info("{} is done", task)
+    shown = screen.getvalue()
+    assert "one is done" in shown and "two is done" in shown
+    assert "2/2" not in shown.rsplit("two is done", 1)[1]
