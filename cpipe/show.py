@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from schemas.manifest import FILE_NAME, Manifest
+from schemas.failures import IntegrityFailure
+from schemas.manifest import FILE_NAME, Environment, Manifest
 from schemas.strict import Strict
 
 # A table in a file must not be squeezed, and neither tokens nor names of files are markup, though some look like it.
@@ -62,14 +63,14 @@ def show_status(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]], *, 
     found = []
     for command, kind in stages:
         path = run_dir / kind.folder / FILE_NAME
-        entry: dict[str, Any] = {"stage": command, "folder": kind.folder, "state": "not finished"}
         if path.is_file():
-            environment = kind.parse(path).environment
-            entry |= {"state": "finished", "started": environment.started, "seconds": environment.seconds}
-        elif (run_dir / kind.folder).is_dir():
-            members = sorted(part.parent.name for part in (run_dir / kind.folder).glob(f"*/{FILE_NAME}"))
-            entry["state"] = f"begun ({len(members)} members finished)" if members else "begun"
-        found.append(entry)
+            found.append(_finished(command, path, kind.parse(path).environment))
+        else:
+            members = len(list((run_dir / kind.folder).glob(f"*/{FILE_NAME}")))
+            begun = f"begun ({members} members finished)" if members else "begun"
+            state = begun if (run_dir / kind.folder).is_dir() else "not finished"
+            found.append({"stage": command, "folder": kind.folder, "state": state})
+    found += _other_folders(run_dir, {entry["folder"] for entry in found})
     if as_json:
         print(json.dumps({"run": str(run_dir), "stages": found}, indent=2))
         return
@@ -79,6 +80,24 @@ def show_status(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]], *, 
     for entry in found:
         table.add_row(*(cell(entry.get(name)) for name in ("stage", "folder", "state", "started", "seconds")))
     OUT.print(table)
+
+
+def _finished(command: str, path: Path, environment: Environment) -> dict[str, Any]:
+    times = {"started": environment.started, "seconds": environment.seconds}
+    return {"stage": command, "folder": path.parent.name, "state": "finished", **times}
+
+
+def _other_folders(run_dir: Path, known: set[str]) -> Iterator[dict[str, Any]]:
+    """What stages wrote beside their own folder: the dense baseline, further compositions."""
+    for path in sorted(run_dir.glob(f"*/{FILE_NAME}")):
+        if path.parent.name in known:
+            continue
+        try:
+            content = json.loads(path.read_bytes())
+            environment = Environment.from_mapping(content["environment"])
+            yield _finished(content["schema"].removeprefix("cpipe.").split("/")[0], path, environment)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise IntegrityFailure(f"{path} is no manifest of cpipe: remove it, or rerun its stage") from error
 
 
 def show_samples(samples: dict[str, str]) -> None:

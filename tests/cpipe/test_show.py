@@ -5,6 +5,7 @@ import pytest
 from cpipe import show
 from cpipe.pipeline import STAGES
 from schemas.evaluate_models import EvaluateManifest, UsageRow
+from schemas.failures import IntegrityFailure
 
 
 def manifests(run_dir):
@@ -43,7 +44,7 @@ def states(run_dir, capsys):
     show.show_status(run_dir, pairs, as_json=True)
     content = json.loads(capsys.readouterr().out)
     assert content["run"] == str(run_dir)
-    found = {entry["stage"]: entry["state"] for entry in content["stages"]}
+    found = {entry["stage"]: entry["state"] for entry in content["stages"][: len(STAGES)]}
     for command, state in found.items():
         assert any(command in line and state in line for line in table.splitlines())
     assert list(found) == [stage.command for stage in STAGES]
@@ -69,6 +70,21 @@ def test_status_of_a_run_that_stands_halfway(piped_run, copied_run, capsys):
     assert found["train-experts"] == "begun (2 members finished)"
     assert found["train-gates"] == "begun"
     assert found["train-seed"] == "finished"
+
+
+def test_status_shows_what_stages_wrote_beside_their_own_folder(piped_run, capsys):
+    show.show_status(piped_run, [(stage.command, stage.manifest) for stage in STAGES], as_json=True)
+    folders = {entry["folder"] for entry in json.loads(capsys.readouterr().out)["stages"]}
+    assert {path.parent.name for path in piped_run.glob("*/manifest.json")} <= folders
+    assert {"dense", "central-alone"} <= folders
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 3, "environment": {}}', '{"schema": "x"}'])
+def test_status_names_a_manifest_that_is_none(content, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "manifest.json").write_text(content)
+    with pytest.raises(IntegrityFailure, match=r"odd.manifest\.json is no manifest"):
+        show.show_status(tmp_path, [], as_json=True)
 
 
 def test_status_reads_manifests_only(piped_run, copied_run, capsys):
