@@ -42,6 +42,10 @@ sequence_length = 256
 batch_size = 8
 steps = 100
 learning_rate = 1e-2
+
+[evaluate]
+tokens = 60_000
+usage_tokens = 10_000
 """
 
 COMPOSITION = """
