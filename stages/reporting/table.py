@@ -53,11 +53,12 @@ def plot(rows: Sequence[ModelRow]) -> bytes:
     names = [row.model for row in rows]
     values = [row.bits_per_byte for row in rows]
     bars.barh(names, values, color=[COLORS.get(row.group, "#999999") for row in rows])
-    bars.set_xlim(min(values) * 0.97, min(max(values), min(values) * 1.5) * 1.02)
-    bars.invert_yaxis()
+    low, high = 0.97 * min(values), min(max(values), 1.5 * min(values))
+    bars.set_xlim(low, high + 0.15 * (high - low))
+    bars.set_ylim(len(rows) - 0.5, -0.5)  # the rows of the heat map
     bars.set_xlabel("bits per byte (lower is better; the axis does not start at 0)")
     for place, value in enumerate(values):
-        bars.annotate(f"{value:.3f}", (min(value, bars.get_xlim()[1]), place), va="center", ha="right", fontsize=8)
+        bars.annotate(f" {value:.3f}", (min(value, high), place), va="center", fontsize=8)
     # Each source relative to its best model: sources differ far more in difficulty than models in skill.
     best = {source: max(1e-6, min(row.sources[source] for row in rows)) for source in sources}  # 1e-6: their rounding
     relative = [[100 * (row.sources[source] / best[source] - 1) for source in sources] for row in rows]
