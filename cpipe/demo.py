@@ -50,9 +50,9 @@ latent_layers = 2
 decoder_layers = 2
 sequence_length = 128
 batch_size = 24
-steps = 100
+steps = 120
 learning_rate = 2e-3
-bridge_steps = 60
+bridge_steps = 120
 bridge_batch_size = 12
 bridge_learning_rate = 2e-3
 
