@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from schemas.failures import IntegrityFailure
+from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, Environment, Manifest
 from schemas.strict import Strict
 
@@ -21,7 +22,9 @@ CELL = 60  # characters shown of a long value
 
 
 def show_manifest(manifest: Manifest, run_dir: Path, *, as_json: bool) -> None:
-    """Print what a stage measured and where it wrote."""
+    """Print what a stage measured and where it wrote: once, however many processes worked together."""
+    if launched_as().rank:
+        return
     if as_json:
         print(json.dumps(manifest.to_json(), indent=2, sort_keys=True))
         return

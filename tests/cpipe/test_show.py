@@ -51,6 +51,12 @@ def states(run_dir, capsys):
     return found
 
 
+def test_of_several_processes_only_the_first_prints(piped_run, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    show.show_manifest(EvaluateManifest.read(piped_run), piped_run, as_json=True)
+    assert capsys.readouterr().out == ""
+
+
 def test_status_of_an_empty_run(tmp_path, capsys):
     assert set(states(tmp_path, capsys).values()) == {"not finished"}
 
