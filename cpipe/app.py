@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
 SettingsFile = Annotated[Path | None, typer.Option("--settings", help="TOML file instead of RUN/cpipe.toml.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although it is finished.")]
+ForceStale = Annotated[bool, typer.Option("--force", help="Repeat stages finished with other settings or inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Inputs = Annotated[list[str] | None, typer.Argument(help="Text, as for `cpipe tokenize`.")]
 Until = Annotated[str | None, typer.Option(help="Last stage to run.")]
@@ -111,10 +112,13 @@ def run(
     inputs: Inputs = None,
     until: Until = None,
     settings: SettingsFile = None,
-    force: Force = False,
+    force: ForceStale = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run every stage that is not up to date, in order, with the settings of RUN/cpipe.toml."""
+    """Run every stage that is not up to date, in order, with the settings of RUN/cpipe.toml.
+
+    With --force also those that were finished with other settings or inputs.
+    """
     from cpipe.console import session
     from cpipe.show import show_manifest
 
@@ -141,8 +145,25 @@ def _run_all(run: Path, inputs: list[str], until: str | None, settings: Path | N
             if command == "tokenize" and not {**table, **flags}.get("inputs") and _is_finished(stage, run):
                 manifest = stage.manifest.read(run)  # no text is named, so what was made of it is taken as it is
             else:
-                manifest = _run_stage(stage, run, table, flags, force)
+                manifest = _run_unless_up_to_date(stage, run, table, flags, force)
     return manifest
+
+
+def _run_unless_up_to_date(
+    stage: Stage, run: Path, table: dict[str, Any], flags: dict[str, Any], force: bool
+) -> "Manifest":
+    """Of a whole pipeline, `--force` repeats what is not as asked for, and nothing else."""
+    from loguru import logger
+
+    from schemas.failures import StaleFailure
+
+    try:
+        return _run_stage(stage, run, table, flags, force=False)
+    except StaleFailure as failure:
+        if not force:
+            raise
+        logger.info("{}", str(failure).split(": give --force")[0])
+        return _run_stage(stage, run, table, flags, force=True)
 
 
 def _is_finished(stage: Stage, run: Path) -> bool:
@@ -162,7 +183,7 @@ def status(run: Run, as_json: AsJson = False) -> None:
 
 def demo(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")] = Path("runs/demo"),
-    force: Force = False,
+    force: ForceStale = False,
 ) -> None:
     """Run the whole pipeline on text found in this Python installation: no download, minutes on two cores."""
     from cpipe.console import session
@@ -173,7 +194,7 @@ def demo(
     with session(run, "demo"):
         write_settings(run)
         (table, *_) = read_settings(run, None, TABLES).get("collect", [{}])
-        _run_stage(BY_COMMAND["collect"], run, table, {}, force)
+        _run_unless_up_to_date(BY_COMMAND["collect"], run, table, {}, force)
         manifest = _run_all(run, [str(run / "corpus" / "*.jsonl")], None, None, force)
         samples = _samples(run)
     show_evaluation(manifest, run)

@@ -5,6 +5,7 @@ a `Failure` is a bug and keeps its traceback.
 
     Failure
     ├── UsageFailure       2   a flag, a TOML key or a combination of them
+    │   └── StaleFailure   2   finished, but with other settings or inputs than asked for
     ├── InputFailure       3   the data or the model given is not fit for the stage
     ├── IntegrityFailure   4   a file of the run is missing, changed or of another version
     ├── LockedFailure      5   another process works on this stage
@@ -24,6 +25,10 @@ class UsageFailure(Failure):
     """The command line or the settings file asks for something impossible."""
 
     exit_code = 2
+
+
+class StaleFailure(UsageFailure):
+    """The stage is finished, but with other settings or inputs: it must not be replaced unasked."""
 
 
 class InputFailure(Failure):

@@ -54,20 +54,20 @@ class RunModels:
             compositions,
         )
 
-    def refuse_other_ancestors(self, before: Sequence[InputRef]) -> None:
-        """Raise UsageFailure when a model was made from something that was replaced since.
+    def refuse_other_ancestors(self, before: Sequence[InputRef] = (), folders: Sequence[str] | None = None) -> None:
+        """Raise UsageFailure when a model, or one in `folders`, was made from something that was replaced since.
 
         `before`: the stages before the models, as they are now.
         """
         made = self._by_folder() | {ExpertsManifest.folder: self.members}
         there = {name: manifest.content_digest() for name, manifest in made.items()}
         there |= {ref.name: ref.digest for ref in before}
-        for name, manifest in made.items():
-            for ref in manifest.inputs:
+        for name in folders or made:
+            for ref in made[name].inputs:
                 if there.get(ref.name, ref.digest) != ref.digest:
                     raise UsageFailure(
                         f"{self.run_dir / name} was made from another {ref.name} than is there now: "
-                        f"run `cpipe {manifest.command} {self.run_dir} --force`, or remove the folder"
+                        f"run `cpipe {made[name].command} {self.run_dir} --force`, or remove the folder"
                     )
 
     def as_inputs(self) -> list[InputRef]:
@@ -108,12 +108,13 @@ class RunModels:
     def composition(self, name: str) -> dict[str, Any]:
         """All parts of a composition, by the names of the arguments that put them together.
 
-        Raises UsageFailure when there is no composition of that name.
+        Raises UsageFailure when there is no composition of that name, or what it was made from was replaced since.
         """
         manifest = self.compositions.get(name)
         if manifest is None:
             known = ", ".join(self.compositions) or "none"
             raise UsageFailure(f"no composition {name!r} in {self.run_dir} (there: {known}): run `cpipe compose` first")
+        self.refuse_other_ancestors(folders=[name])
         shapes = json.loads(manifest.output("config.json").check(self.run_dir).read_text())
         trained = manifest.config.experts == "trained"
         numbers = range(len(self.experts))

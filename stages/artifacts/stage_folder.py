@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 
 from loguru import logger
 
-from schemas.failures import LockedFailure, UsageFailure
+from schemas.failures import LockedFailure, StaleFailure
 from schemas.files import FileRef, write_bytes
 from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, InputRef, Manifest, key_of
@@ -65,7 +65,7 @@ class Claim(Generic[M]):
             path.unlink()
 
     def begin(self, force: bool) -> None:
-        """Find the stage up to date, or clear the way for it. Raises UsageFailure when it is stale and not forced."""
+        """Find the stage up to date, or clear the way for it. Raises StaleFailure when it is not what is asked for."""
         if not self.leader and force:
             return  # the leader sets the old folder aside
         if (self.path / FILE_NAME).exists():
@@ -87,7 +87,7 @@ class Claim(Generic[M]):
     def _up_to_date(self) -> M:
         manifest = self._manifest_type.read(self.run_dir, self.folder)
         if manifest.key != self._key:
-            raise UsageFailure(
+            raise StaleFailure(
                 f"{self.path} is finished, but {'; '.join(_differences(manifest, self._config, self._inputs))}: "
                 f"give --force to do it again, or use another run"
             )
@@ -132,7 +132,7 @@ def claim_folder(
 ) -> Iterator[Claim[M]]:
     """Hold the stage's folder for the length of the block. `collection`: it holds finished stages of its own.
 
-    Raises LockedFailure when another process holds it, UsageFailure when it is finished with other settings or inputs.
+    Raises LockedFailure when another process holds it, StaleFailure when it is finished with other settings or inputs.
     """
     name = folder or manifest_type.folder
     with _lock(run_dir, name) if launched_as().rank == 0 else nullcontext():

@@ -324,6 +324,18 @@ def test_a_changed_setting_is_named_and_nothing_is_touched(cpipe, piped_run, lin
     assert (piped_run / "clusters/manifest.json").read_bytes() == before
 
 
+def test_run_with_force_repeats_only_what_is_not_as_asked_for(cpipe, piped_run, copied_run, line):
+    run_dir = copied_run(piped_run)
+    settings = run_dir / "cpipe.toml"
+    settings.write_text(settings.read_text().replace("tokens = 700", "tokens = 650"))
+    manifests = {path: path.read_bytes() for path in run_dir.rglob("manifest.json")}
+    result = cpipe("run", run_dir)
+    assert result.exit_code == 2 and "tokens was 700 and is now 650: give --force" in line(result)
+    assert {path: path.read_bytes() for path in manifests} == manifests
+    assert cpipe("run", run_dir, "--force").exit_code == 0
+    assert [path for path in manifests if path.read_bytes() != manifests[path]] == [run_dir / "reports/manifest.json"]
+
+
 @pytest.mark.parametrize("model", ["seed", "cbtm", "central", "central-calm"])
 def test_generate_prints_the_continuation_and_nothing_else(cpipe, piped_run, model):
     words = ["generate", piped_run, "--model", model, "--prompt", "the [bold]x", "--max-tokens", "6"]

@@ -145,3 +145,16 @@ def test_a_manifest_of_a_newer_version_is_refused(full_run, copied_run):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": "cpipe.train-gates/9"}))
     with pytest.raises(IntegrityFailure, match="upgrade cpipe"):
         RunModels.find(run_dir)
+
+
+def test_a_composition_over_replaced_experts_is_refused_and_the_others_are_not(full_run, copied_run):
+    run_dir = copied_run(full_run)
+    path = run_dir / "central" / "manifest.json"
+    content = json.loads(path.read_text())
+    (experts,) = (ref for ref in content["inputs"] if ref["name"] == "experts")
+    experts["digest"] = "sha256:" + "0" * 64
+    path.write_text(json.dumps(content))
+    models = RunModels.find(run_dir)
+    with pytest.raises(UsageFailure, match="central was made from another experts than is there now: run `cpipe comp"):
+        models.composition("central")
+    assert models.composition("central-calm")["experts"]
