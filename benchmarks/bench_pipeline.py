@@ -53,6 +53,7 @@ COMPOSITION = """
 name = "{name}"
 bridge = "{bridge}"
 experts = "{experts}"
+evidence = {evidence}
 encoder_layers = 2
 latent_layers = 4
 decoder_layers = 2
@@ -65,10 +66,12 @@ bridge_batch_size = 8
 bridge_learning_rate = 1.5e-3
 """
 
+# (name, bridge, experts, whether it is told how well each expert predicted the tokens so far)
 COMPOSITIONS = (
-    ("central", "stitch", "trained"),
-    ("central-calm", "calm", "trained"),
-    ("central-control", "stitch", "seed-copies"),
+    ("central", "stitch", "trained", "true"),
+    ("central-calm", "calm", "trained", "true"),
+    ("central-control", "stitch", "seed-copies", "true"),
+    ("central-plain", "stitch", "trained", "false"),
 )
 
 # (what should be lower, than what, why it matters)
@@ -79,6 +82,8 @@ CLAIMS = (
     ("gates joint all", "cBTM top-2", "learned routing against distance to centroids"),
     ("composed stitch", "central alone", "reading the experts against not having them"),
     ("composed stitch", "composed stitch of seed copies (central-control)", "the experts against as many parameters"),
+    ("composed stitch", "composed stitch (central-plain)", "with the experts' evidence against without it"),
+    ("composed stitch (central-plain)", "cBTM all", "the composed model without evidence against the ensemble"),
     ("composed stitch", "composed calm", "position-wise mixing against cross-attention"),
     ("composed stitch", "cBTM all", "the composed model against the experts' ensemble"),
     ("composed stitch", "dense", "the composed model against one model (see the FLOPs columns)"),
@@ -88,7 +93,7 @@ CLAIMS = (
 def main() -> None:
     run, inputs = Path(sys.argv[1]), sys.argv[2:]
     run.mkdir(parents=True, exist_ok=True)
-    compositions = (COMPOSITION.format(name=n, bridge=b, experts=e) for n, b, e in COMPOSITIONS)
+    compositions = (COMPOSITION.format(name=n, bridge=b, experts=x, evidence=e) for n, b, x, e in COMPOSITIONS)
     (run / "cpipe.toml").write_text(SETTINGS + "".join(compositions))
     cpipe = [sys.executable, "-m", "cpipe"]
     subprocess.run([*cpipe, "run", str(run), *inputs], check=True)
