@@ -35,7 +35,7 @@ def run(config: CollectConfig, run_dir: Path, *, force: bool = False) -> Collect
     with claim_folder(run_dir, CollectManifest, config, [_installation()], force=force) as claim:
         if claim.finished:
             return claim.finished
-        drop_leftovers(claim.path, keep=[])
+        drop_leftovers(claim.path)
         collected = {kind: _collect(kind, config) for kind in KINDS}
         kept = {kind: records for kind, records in collected.items() if _size(records) >= _least(config)}
         if len(kept) < 2:

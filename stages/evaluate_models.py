@@ -22,6 +22,7 @@ from schemas.cluster_documents import ClusterManifest
 from schemas.evaluate_models import EvaluateConfig, EvaluateManifest, EvaluateMetrics, ModelRow, UsageRow
 from schemas.files import write_bytes
 from schemas.tokenize_text import TokenizeManifest
+from schemas.train_gates import GateMode
 from stages.artifacts.model_folder import device, read_tensors
 from stages.artifacts.run_models import RunModels, expert_folder
 from stages.artifacts.stage_folder import claim_folder
@@ -204,16 +205,19 @@ class Evaluation:
         if gates is None:
             return
         tensors = self.models.gate_tensors()
-        experts = len(self.models.experts)
         seed = self._decoder("seed")
         for mode in gates.config.modes:
-            models_run = 1 + (experts if mode == "joint" else 1)
-            tokens = models_run * sum(run.training.tokens for run in gates.metrics.runs if run.mode == mode)
-            training = self.experts_training + tokens * self.forward_flops
+            training = self.experts_training + self._gate_training(mode)
             reader = ExpertGates.from_tensors(tensors, gates.metrics.layer, mode).to(device())
             for top_k in self._counts():
                 weights = self._gate_weights(seed, reader, top_k)
                 self._add_mixture(f"gates {mode} {_top(top_k)}", "gates", weights, training)
+
+    def _gate_training(self, mode: GateMode) -> float:
+        """FLOPs of training the gates: forward passes of the seed and of the experts each run consults."""
+        runs = self.models.gates.metrics.runs if self.models.gates else ()
+        models_run = 1 + (len(self.models.experts) if mode == "joint" else 1)
+        return models_run * self.forward_flops * sum(run.training.tokens for run in runs if run.mode == mode)
 
     def _gate_weights(self, seed: Decoder, gates: ExpertGates, top_k: int | None) -> Tensor:
         def weights(ids_BT: Tensor, _: Tensor) -> Tensor:
@@ -243,10 +247,14 @@ class Evaluation:
         manifest = self.models.compositions[name]
         composed = ComposedModel.from_parts(**self.models.composition(name))
         flops = forward_flops(lambda ids: composed(ids), self.shape.max_position_embeddings)
-        frozen = len(self.models.experts) * self.forward_flops + (self.gate_flops if composed.gate else 0.0)
+        frozen = forward_flops(
+            lambda ids: composed.consult(ids, composed.new_cache()), self.shape.max_position_embeddings
+        )
         composed.to(device())
         tokens = manifest.metrics.training.tokens
         training = tokens * (frozen + BACKWARD_AND_FORWARD * (flops - frozen)) + central_training
+        if manifest.config.gates != "none":
+            training += self._gate_training(manifest.config.gates)
         copies = manifest.config.experts == "seed-copies"
         training += self.seed_training if copies else self.experts_training
         size = manifest.metrics.parameters + len(self.models.experts) * self.parameters

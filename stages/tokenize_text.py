@@ -42,7 +42,7 @@ def run(config: TokenizeConfig, run_dir: Path, *, force: bool = False) -> Tokeni
     with claim_folder(run_dir, TokenizeManifest, config, inputs, force=force) as claim:
         if claim.finished:
             return claim.finished
-        drop_leftovers(claim.path, keep=[])
+        drop_leftovers(claim.path)
         corpus = _Corpus(config, _text_files(files))
         encoder, tokenizer_json = _encoder(config, corpus)
         tokenizer = write_bytes(claim.path / TOKENIZER, tokenizer_json, run_dir)

@@ -1,7 +1,7 @@
 """Train the experts: each starts from the seed and sees the documents of one cluster (cBTM).
 
 - tokens are matched by batch size, not by steps: k experts take as many optimizer steps as the dense baseline, with
-  1/k of the batch each (Gururangan et al. 2023, with 1/k of the steps the experts lose to the dense model)
+  1/k of the batch each (Gururangan et al. 2023); with 1/k of the steps instead, they lose to the dense model
 - the dense baseline is a member like any other: the same seed, steps and schedule, all documents, the whole batch
 - every member is a finished stage of its own, so members can be trained by different jobs and only missing ones are
 """

@@ -195,9 +195,8 @@ def _flat(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def drop_leftovers(folder: Path, keep: Sequence[Path]) -> None:
-    """Delete the files in `folder` that are not in `keep` and not the claim, e.g. temporary files of a killed start."""
-    kept = {path.name for path in keep} | {CLAIM_NAME, FILE_NAME}
+def drop_leftovers(folder: Path) -> None:
+    """Delete the files in `folder` but the claim: what a killed start left that cannot be resumed."""
     for path in folder.iterdir():
-        if path.name not in kept and path.is_file():
+        if path.name not in (CLAIM_NAME, FILE_NAME) and path.is_file():
             path.unlink()

@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
 from stages.engine.processes import Place, bf16_is_fast, join_processes
+
+AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names torch gives them
 
 Parts = dict[str, Tensor]  # "loss", which is optimised, and whatever else the module wants logged
 
@@ -71,7 +74,7 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
         # It takes a module's weights apart, frozen ones too, and never puts them back.
         module = copy.deepcopy(module)
     wrapped = Autocast(module, place.device, choose_precision(config, place)).to(place.device)
-    optimizer = _optimizer(wrapped, config, place)
+    optimizer = _optimizer(wrapped, config)
     return (
         TorchEngine(wrapped, optimizer, config)
         if name == "torch"
@@ -79,7 +82,7 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
     )
 
 
-def _optimizer(module: nn.Module, config: TrainingConfig, place: Place) -> torch.optim.AdamW:
+def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW; weight decay only on matrices: a norm's scale or a gate has no reason to be small."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
@@ -100,6 +103,22 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _mean(parts: list[Parts]) -> Parts:
     return {name: torch.stack([part[name].detach().float() for part in parts]).mean() for name in parts[0]}
+
+
+def _read_state(name: str, parameter: nn.Parameter, optimizer: torch.optim.AdamW) -> Iterator[tuple[str, Tensor]]:
+    """A parameter that is whole, and its averages, under the names of a checkpoint."""
+    yield f"weight/{name}", parameter.detach()
+    for key in AVERAGES:
+        yield f"{key}/{name}", optimizer.state[parameter][key]
+
+
+def _write_state(
+    name: str, parameter: nn.Parameter, optimizer: torch.optim.AdamW, state: dict[str, Tensor], steps: int
+) -> None:
+    """The inverse of `_read_state`."""
+    parameter.data.copy_(state[f"weight/{name}"])
+    averages = {key: state[f"{key}/{name}"].to(parameter.device).clone() for key in AVERAGES}
+    optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **averages}
 
 
 class TorchEngine:
@@ -127,23 +146,14 @@ class TorchEngine:
 
     def state(self) -> dict[str, Tensor]:
         """See Engine."""
-        state = {}
-        for name, parameter in _trained(self.module).items():
-            moments = self.optimizer.state[parameter]
-            state[f"weight/{name}"] = parameter.detach()
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[f"{key}/{name}"] = moments[key]
-        return state
+        return {
+            key: tensor for own in _trained(self.module).items() for key, tensor in _read_state(*own, self.optimizer)
+        }
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """See Engine."""
         for name, parameter in _trained(self.module).items():
-            parameter.data.copy_(state[f"weight/{name}"])
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps), device=parameter.device),
-                "exp_avg": state[f"exp_avg/{name}"].to(parameter.device).clone(),
-                "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(parameter.device).clone(),
-            }
+            _write_state(name, parameter, self.optimizer, state, steps)
 
 
 class DeepSpeedEngine:
@@ -198,13 +208,11 @@ class DeepSpeedEngine:
         for name, parameter in _trained(self.module).items():
             if self._stage:
                 state[f"weight/{name}"] = safe_get_full_fp32_param(parameter).view(_full_shape(parameter)).clone()
-                for key in ("exp_avg", "exp_avg_sq"):
+                for key in AVERAGES:
                     moment = safe_get_full_optimizer_state(parameter, key)
                     state[f"{key}/{name}"] = moment.view(_full_shape(parameter)).clone()
             else:
-                state[f"weight/{name}"] = parameter.detach()
-                for key in ("exp_avg", "exp_avg_sq"):
-                    state[f"{key}/{name}"] = self._optimizer.state[parameter][key]
+                state.update(_read_state(name, parameter, self._optimizer))
         return state
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
@@ -215,17 +223,12 @@ class DeepSpeedEngine:
             weight = state[f"weight/{name}"].to(parameter.device)
             if self._stage:
                 safe_set_full_fp32_param(parameter, weight)
-                for key in ("exp_avg", "exp_avg_sq"):
+                for key in AVERAGES:
                     safe_set_full_optimizer_state(parameter, state[f"{key}/{name}"].to(parameter.device), key)
                 with self._gathered(parameter):
                     parameter.data.copy_(weight)
             else:
-                parameter.data.copy_(weight)
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(steps), device=parameter.device),
-                    "exp_avg": state[f"exp_avg/{name}"].to(parameter.device).clone(),
-                    "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(parameter.device).clone(),
-                }
+                _write_state(name, parameter, self._optimizer, state, steps)
         self._set_step(steps)
 
     def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
@@ -249,7 +252,7 @@ class DeepSpeedEngine:
         if self._stage == 3:
             pieces = self._optimizer.fp32_partitioned_groups_flat
         for piece in pieces:
-            zeros = {key: torch.zeros_like(piece) for key in ("exp_avg", "exp_avg_sq")}
+            zeros = {key: torch.zeros_like(piece) for key in AVERAGES}
             inner.state[piece] = {"step": torch.zeros((), device=piece.device), **zeros}
         if self._stage < 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()

@@ -229,7 +229,7 @@ class ComposedModel(nn.Module):
         cache = self.new_cache() if cache is None else cache
         if "bridges" in ablate:
             return self.central(ids_BT, cache.central, None, ablate)
-        experts = self._consult(ids_BT, cache)
+        experts = self.consult(ids_BT, cache)
         if "experts" in ablate:
             experts.state_XLBTE = experts.state_XLBTE[1:] + experts.state_XLBTE[:1]
         self.bridges.remember(experts, cache.bridges)
@@ -237,7 +237,8 @@ class ComposedModel(nn.Module):
         return self.central(ids_BT, cache.central, read, ablate)
 
     @torch.no_grad()
-    def _consult(self, ids_BT: Tensor, cache: ComposedCache) -> ExpertStates:
+    def consult(self, ids_BT: Tensor, cache: ComposedCache) -> ExpertStates:
+        """What the frozen experts, and the gates, make of the tokens after those the cache has seen."""
         states = [expert.hidden_states(ids_BT, kept) for expert, kept in zip(self.decoders, cache.experts, strict=True)]
         priors = [ids_BT.new_zeros((*ids_BT.shape, len(states), 0), dtype=torch.float32)]
         if self.gate is not None:

@@ -49,7 +49,7 @@ def run(config: ToyConfig, run_dir: Path, *inputs: InputRef, force: bool = False
     with claim_folder(run_dir, ToyManifest, config, inputs or [INPUT], force=force) as claim:
         if claim.finished:
             return claim.finished
-        drop_leftovers(claim.path, keep=[])
+        drop_leftovers(claim.path)
         ref = write_bytes(claim.path / "width.txt", str(config.width).encode(), run_dir)
         if fail:
             raise RuntimeError("a bug")
@@ -158,13 +158,13 @@ def test_a_folder_that_no_stage_claimed_is_cleared(tmp_path: Path) -> None:
     assert not (tmp_path / "toys/stray.txt").exists()
 
 
-def test_dropping_leftovers_keeps_what_is_named(tmp_path: Path) -> None:
+def test_dropping_leftovers_keeps_the_claim_and_folders(tmp_path: Path) -> None:
     with claim_folder(tmp_path, ToyManifest, ToyConfig(), [INPUT]) as claim:
-        for name in ("keep.bin", "drop.bin", ".drop.bin.12.tmp"):
+        for name in ("drop.bin", ".drop.bin.12.tmp"):
             (claim.path / name).write_bytes(b"x")
         (claim.path / "checkpoints").mkdir()
-        drop_leftovers(claim.path, keep=[claim.path / "keep.bin"])
-        assert {path.name for path in claim.path.iterdir()} == {"keep.bin", ".claim", "checkpoints"}
+        drop_leftovers(claim.path)
+        assert {path.name for path in claim.path.iterdir()} == {".claim", "checkpoints"}
 
 
 def _hold(run_dir: Path, ready: Connection) -> None:

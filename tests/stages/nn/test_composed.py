@@ -164,7 +164,7 @@ def test_bridges_alone_can_be_trained_and_every_one_of_them_is(bridge):
 def test_evidence_is_the_faded_log_likelihood_of_the_tokens_so_far():
     model = make(gate=False)
     ids, cache = some_ids(2, 9), model.new_cache()
-    prior = model._consult(ids, cache).prior_BTXF
+    prior = model.consult(ids, cache).prior_BTXF
     likelihood = torch.stack([token_log_probs(e(ids[:, :-1]), ids[:, 1:]) for e in model.decoders], -1)
     likelihood = likelihood - likelihood.mean(-1, keepdim=True)
     faded = torch.zeros(2, 2)
