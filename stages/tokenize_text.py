@@ -1,195 +1,224 @@
 """Turn raw text into token shards: `tokens/` of a run.
 
-- two passes over the text: one takes a sample to train the tokenizer on, one encodes
-- the sample is drawn from the training split by hash, in pieces, so no long document fills it and the order of the
-  files does not matter
-- the split is a hash of the document's group: a document stays in its split however the corpus grows
-- memory is bounded: the sample and the trainer (about 10 × train_bytes), one shard under construction per split (at
-  most 64 MiB), one batch of 2^20 characters in the encoder, and the longest document, whatever the size of the corpus
-- interrupted, the stage starts over; it is deterministic, so it ends with the same bytes
+- the corpus is cut into parts; each makes shards of its own, so processes and machines (`--shard i/n`) can share the
+  work, and an interrupted start goes on where it stopped; the bytes are the same in every case
+- two passes over the text where a tokenizer is trained: one takes a sample, one encodes
+- memory, for each worker: the sample drawn (train_bytes; the trainer takes about 10 times that, once), a batch of text
+  and its tokens (about 100 MiB), and the longest document, whatever the size of the corpus; merging takes about 100
+  bytes a document
 """
 
-import heapq
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from loguru import logger
 
-from schemas.failures import InputFailure, UsageFailure
+from schemas.failures import InputFailure, StaleFailure, UsageFailure
 from schemas.files import FileRef, digest_of, write_bytes
-from schemas.manifest import InputRef
-from schemas.tokenize_text import SPLITS, Counts, Split, TokenizeConfig, TokenizeManifest, TokenizeMetrics
-from stages.artifacts.stage_folder import claim_folder, drop_leftovers
-from stages.data.readers import Columns, Document, TextFile, find_files, read_documents
-from stages.data.token_store import SHARD_TOKENS, ShardWriter
-from stages.data.tokenizer import Encoder, load_tokenizer, pieces, train_tokenizer
+from schemas.manifest import FILE_NAME, InputRef
+from schemas.tokenize_text import (
+    SPLITS,
+    Counts,
+    Segment,
+    ShareManifest,
+    ShareMetrics,
+    TokenizeConfig,
+    TokenizeManifest,
+    TokenizeMetrics,
+)
+from stages.artifacts.stage_folder import claim_folder, share_folder, turn_by_turn
+from stages.data.concept_tokens import CONCEPT, rename_unused
+from stages.data.corpus import STDIN, Corpus, find_corpus
+from stages.data.encoder import Encoder
+from stages.data.merging import Merged, merge
+from stages.data.parts import Part
+from stages.data.segments import Job, encode_part, encoder_of, finished_segments
+from stages.data.text_sample import SampleJob, join_samples, sample_part
+from stages.data.tokenizer import FILE_NAME as TOKENIZER
+from stages.data.tokenizer import end_of_text_named, tokenizer_files, train_tokenizer
+from stages.data.workers import cores, run_jobs
 
-TOKENIZER = "tokenizer.json"
-SAMPLE_CHARACTERS = 1 << 14  # length of the pieces the tokenizer is trained on
-LOG_BYTES = 64 << 20  # a line of the log for so much text
+ENOUGH_BYTES = 256 << 20  # of text, for more than this process: below, starting others takes longer than they save
 
 
-def run(config: TokenizeConfig, run_dir: Path, *, force: bool = False) -> TokenizeManifest:
-    """Read `config.inputs`, train or take a tokenizer, write both splits as token shards.
+def run(config: TokenizeConfig, run_dir: Path, *, force: bool = False) -> TokenizeManifest | ShareManifest:
+    """Read `config.inputs`, train or take a tokenizer, write both splits as token shards; or do a share of that.
 
     Raises InputFailure for text that cannot be read and for splits that would be empty.
     """
-    files = _files(config)
-    inputs = [InputRef(name=file.label, digest=_digest(file)) for file in files]
+    corpus = find_corpus(config, run_dir)
+    inputs = [*corpus.inputs(), *_tokenizer_inputs(config)]
+    if config.shard:
+        return _run_share(config.shard, corpus, inputs, run_dir, force)
     with claim_folder(run_dir, TokenizeManifest, config, inputs, force=force) as claim:
-        if claim.finished:
-            return claim.finished
-        drop_leftovers(claim.path)
-        corpus = _Corpus(config, _text_files(files))
-        encoder, tokenizer_json = _encoder(config, corpus)
-        tokenizer = write_bytes(claim.path / TOKENIZER, tokenizer_json, run_dir)
-        shards, counts = _encode(config, corpus, encoder, claim.path, run_dir)
-        return claim.finish(outputs=[tokenizer, *shards], metrics=_metrics(counts, corpus, encoder))
+        manifest = claim.finished
+        if manifest is None:
+            encoder = _prepare(corpus, claim.path, run_dir)
+            segments = _encode(corpus, corpus.parts, claim.path, run_dir)
+            merged = merge(corpus, segments, claim.path, run_dir)
+            metrics = _metrics(corpus, merged, segments, encoder)
+            manifest = claim.finish(_outputs(merged, claim.path, run_dir), metrics)
+        _tidy(manifest, run_dir)
+        return _as_strict(manifest, config, claim.path)
 
 
-def _files(config: TokenizeConfig) -> list[TextFile]:
-    """Everything the stage reads; a tokenizer given comes under one fixed name, which no text file can have."""
-    if not config.inputs:
-        raise UsageFailure("no text given: name files, folders or globs after the run")
-    files = find_files(config.inputs)
-    logger.info("reading {} file(s) of text", len(files))
+def _tokenizer_inputs(config: TokenizeConfig) -> list[InputRef]:
+    if config.tokenizer is None:
+        return []
+    files = tokenizer_files(Path(config.tokenizer))
+    names = [TOKENIZER, *(path.name for path in files[1:])]
+    return [InputRef(name=name, digest=digest_of(path)) for name, path in zip(names, files, strict=True)]
+
+
+def _run_share(
+    share: str, corpus: Corpus, inputs: Sequence[InputRef], run_dir: Path, force: bool
+) -> TokenizeManifest | ShareManifest:
+    """Encode every n-th part, beside others who do the rest."""
+    if force:
+        raise UsageFailure(
+            f"--force with --shard would throw away what others have done: remove {run_dir / TokenizeManifest.folder} "
+            "before the first of them starts, or use another run"
+        )
+    number, count = map(int, share.split("/"))
+    folder = f"{ShareManifest.folder}/{number:03d}-of-{count:03d}"
+    with share_folder(run_dir, TokenizeManifest, corpus.config, inputs) as whole:
+        if whole.finished:
+            return _as_strict(whole.finished, corpus.config, whole.path)
+        with claim_folder(run_dir, ShareManifest, corpus.config, inputs, folder=folder) as claim:
+            if claim.finished:
+                return claim.finished
+            _prepare(corpus, whole.path, run_dir)
+            segments = _encode(corpus, corpus.parts[number - 1 :: count], whole.path, run_dir)
+            metrics = ShareMetrics(
+                parts=len({segment.part for segment in segments}),
+                documents=sum(segment.table.rows or 0 for segment in segments),
+                tokens=sum(ref.tokens or 0 for segment in segments for ref in segment.shards),
+            )
+            return claim.finish([ref for segment in segments for ref in segment.shards], metrics)
+
+
+def _prepare(corpus: Corpus, folder: Path, run_dir: Path) -> Encoder:
+    """The encoder, its tokenizer written to the folder by the first who needs it."""
+    path = folder / TOKENIZER
+    with turn_by_turn(run_dir, "tokenizer"):
+        if not path.exists():
+            write_bytes(path, _tokenizer_json(corpus), run_dir)
+    return encoder_of(path, _end_of_text(corpus.config), corpus.config)
+
+
+def _end_of_text(config: TokenizeConfig) -> str | None:
+    if config.end_of_text or config.tokenizer is None:
+        return config.end_of_text
+    return end_of_text_named(tokenizer_files(Path(config.tokenizer)))
+
+
+def _tokenizer_json(corpus: Corpus) -> bytes:
+    """The tokenizer given, byte for byte but for concept tokens, or one trained on a sample of the training split."""
+    config = corpus.config
     if config.tokenizer is not None:
-        files.append(TextFile(Path(config.tokenizer), TOKENIZER))
-    return files
-
-
-def _digest(file: TextFile) -> str:
-    try:
-        return digest_of(file.path)
-    except OSError as error:
-        raise InputFailure(f"{file.path} cannot be read: {error.strerror}") from error
-
-
-def _text_files(files: Sequence[TextFile]) -> list[TextFile]:
-    return [file for file in files if file.label != TOKENIZER]
-
-
-@dataclass
-class _Corpus:
-    """The documents that count, in a fixed order, as often as wanted; what the last pass left out, and why."""
-
-    config: TokenizeConfig
-    files: Sequence[TextFile]
-    read: int = field(default=0, init=False)
-    skipped_empty: int = field(default=0, init=False)
-    skipped_by_limit: int = field(default=0, init=False)
-
-    def __iter__(self) -> Iterator[tuple[Document, Split]]:
-        config = self.config
-        columns = Columns(config.text_column, config.id_column, config.source_column, config.group_column)
-        self.read = self.skipped_empty = self.skipped_by_limit = 0
-        taken: Counter[str] = Counter()
-        for document in read_documents(self.files, columns):
-            if not document.text or document.text.isspace():
-                self.skipped_empty += 1
-                continue
-            taken[document.source] += document.size
-            if config.limit_bytes_per_source is not None and taken[document.source] > config.limit_bytes_per_source:
-                self.skipped_by_limit += 1
-                continue
-            self.read += 1
-            yield document, split_of(document.group, config.valid_fraction)
-
-
-def split_of(group: str, valid_fraction: float) -> Split:
-    """The split of a group: its hash as a number in [0, 1), held out when below `valid_fraction`."""
-    return "valid" if _hash(group) / 2**64 < valid_fraction else "train"
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
-
-
-def _encoder(config: TokenizeConfig, corpus: _Corpus) -> tuple[Encoder, bytes]:
-    """The encoder, and its tokenizer as a file: the given one byte for byte, or one trained on a sample."""
-    if config.tokenizer is not None:
-        path = Path(config.tokenizer)
-        return Encoder(load_tokenizer(path), exact=False), path.read_bytes()
-    sample = _sample(corpus, config.train_bytes)
+        content = tokenizer_files(Path(config.tokenizer))[0].read_bytes()
+        if not config.concept_tokens:
+            return content
+        return rename_unused(content, config.concept_tokens, config.unused_tokens, config.unused_pattern)[0]
+    jobs = [SampleJob(corpus, part) for part in corpus.parts]
+    sample = join_samples(run_jobs(sample_part, jobs, _workers(corpus, len(jobs))), config.train_bytes)
+    if not sample:
+        why = "; --on-error stop says what is wrong with them" if config.on_error == "skip" else ""
+        found = f"{len(corpus.files)} file(s) hold no document for the train split{why}"
+        raise InputFailure(f"no text to train a tokenizer on: {found}")
     logger.info("training a tokenizer of {} ids on {:.1f} MB", config.vocab_size, sum(map(len, sample)) / 1e6)
-    tokenizer = train_tokenizer(sample, config.vocab_size)
+    tokenizer = train_tokenizer(sample, config.vocab_size, config.concept_tokens)
     if tokenizer.get_vocab_size() < config.vocab_size:
         logger.warning("the text gives {} token ids, not {}", tokenizer.get_vocab_size(), config.vocab_size)
-    return Encoder(tokenizer, exact=True), tokenizer.to_str().encode()
+    return tokenizer.to_str().encode()
 
 
-def _sample(corpus: _Corpus, size: int) -> list[str]:
-    """Pieces of the training split with the smallest hashes, `size` bytes together at most (one piece at least)."""
-    heap: list[tuple[int, str]] = []
-    held = 0
-    for document, split in corpus:
-        if split == "valid":
-            continue
-        for number, piece in enumerate(pieces(document.text, SAMPLE_CHARACTERS)):
-            heapq.heappush(heap, (-_hash(f"{document.id}:{number}"), piece))
-            held += len(piece.encode())
-            while held > size and len(heap) > 1:
-                held -= len(heapq.heappop(heap)[1].encode())
-    if not heap:
-        raise _empty_split(corpus, "train")
-    return [piece for _, piece in sorted(heap, reverse=True)]
+def _workers(corpus: Corpus, jobs: int) -> int:
+    """Processes to use; one where there is too little text for more to be worth their start."""
+    enough = corpus.shard_bytes * jobs >= ENOUGH_BYTES
+    return corpus.config.workers or (cores() if enough else 1)
 
 
-def _encode(
-    config: TokenizeConfig, corpus: _Corpus, encoder: Encoder, folder: Path, run_dir: Path
-) -> tuple[list[FileRef], dict[tuple[str, Split], Counter[str]]]:
-    """Write the shards of both splits; counts per source and split."""
-    writers = {split: ShardWriter(folder, split, run_dir, encoder.vocab_size, SHARD_TOKENS) for split in SPLITS}
-    counts: dict[tuple[str, Split], Counter[str]] = defaultdict(Counter)
-    done = 0
-    for document, tokens in encoder.encode(document for document, _ in corpus):
-        split = split_of(document.group, config.valid_fraction)
-        writers[split].add(document.id, document.source, document.size, tokens)
-        counts[document.source, split].update(documents=1, tokens=len(tokens), bytes=document.size)
-        if (done + document.size) // LOG_BYTES > done // LOG_BYTES:
-            logger.info("{:.0f} MB encoded", (done + document.size) / 1e6)
-        done += document.size
-    shards = {split: writer.finish() for split, writer in writers.items()}
-    for split in SPLITS:
-        if not shards[split]:
-            raise _empty_split(corpus, split)
-    return shards["train"] + shards["valid"], counts
-
-
-def _empty_split(corpus: _Corpus, split: Split) -> InputFailure:
-    if not corpus.read:
-        skipped = f"{corpus.skipped_empty} empty, {corpus.skipped_by_limit} over the limit"
-        return InputFailure(
-            f"no text to tokenize: {len(corpus.files)} file(s) hold no document that counts ({skipped})"
+def _encode(corpus: Corpus, parts: Sequence[Part], folder: Path, run_dir: Path) -> list[Segment]:
+    """The segments of `parts`, in order; parts finished before are left as they are."""
+    found = {part.number: finished_segments(folder, run_dir, part.number) for part in parts}
+    missing = [part for part in parts if not found[part.number] or not found[part.number][-1].last]
+    if missing and corpus.config.merge:
+        numbers = ", ".join(str(part.number + 1) for part in missing[:12])
+        raise UsageFailure(
+            f"{len(missing)} of {len(parts)} parts are not done (number {numbers}): wait for the shares that do them, "
+            "or run without --merge to do them here"
         )
+    if len(missing) < len(parts):
+        logger.info("{} of {} parts are done already", len(parts) - len(missing), len(parts))
+    jobs = [Job(corpus, part, folder, run_dir, folder / TOKENIZER, _end_of_text(corpus.config)) for part in missing]
+    for done, segments in enumerate(run_jobs(encode_part, jobs, _workers(corpus, len(jobs))), 1):
+        found[segments[0].part] = segments
+        logger.bind(task="tokenize", done=done, total=len(jobs), text="parts").debug("part {} done", segments[0].part)
+    return [segment for part in parts for segment in found[part.number]]
+
+
+def _outputs(merged: Merged, folder: Path, run_dir: Path) -> list[FileRef]:
+    path = folder / TOKENIZER
+    name = path.relative_to(run_dir).as_posix()
+    tokenizer = FileRef(path=name, size=path.stat().st_size, digest=digest_of(path))
+    shards = [ref for split in SPLITS for ref in merged.shards[split]]
+    return [tokenizer, *shards, *([merged.skipped] if merged.skipped else [])]
+
+
+def _metrics(corpus: Corpus, merged: Merged, segments: Sequence[Segment], encoder: Encoder) -> TokenizeMetrics:
+    splits = {split: _total([of[split] for of in merged.sources.values() if split in of]) for split in SPLITS}
+    whole = _total(list(splits.values()))
+    for split in SPLITS:
+        if not splits[split].documents:
+            raise _empty_split(corpus, merged, whole.documents, split)
+    return TokenizeMetrics(
+        vocab_size=encoder.vocab_size,
+        end_of_text=encoder.end_of_text,
+        concept_tokens=encoder.ids([CONCEPT.format(number) for number in range(corpus.config.concept_tokens)]),
+        train=splits["train"],
+        valid=splits["valid"],
+        sources={source: _total(list(of.values())) for source, of in merged.sources.items()},
+        left_out=merged.left_out,
+        lossy=sum(segment.lossy for segment in segments),
+        bytes_per_token=round(whole.bytes / whole.tokens, 4),
+        encoder=", ".join(sorted({segment.encoder for segment in segments})),
+    )
+
+
+def _total(counts: Sequence[Counts]) -> Counts:
+    return Counts(**{name: sum(getattr(count, name) for count in counts) for name in Counts.model_fields})
+
+
+def _empty_split(corpus: Corpus, merged: Merged, documents: int, split: str) -> InputFailure:
+    if not documents:
+        reasons = [f"{count} {name.replace('_', ' ')}" for name, count in merged.left_out if count]
+        found = f"{len(corpus.files)} file(s) hold no document that counts ({', '.join(reasons) or 'none at all'})"
+        return InputFailure(f"no text to tokenize: {found}")
     more = "larger" if split == "valid" else "smaller"
     return InputFailure(
-        f"the {split} split is empty: {corpus.read} document(s) were read, and --valid-fraction "
+        f"the {split} split is empty: {documents} document(s) were read, and --valid-fraction "
         f"{corpus.config.valid_fraction} left none for it; give a {more} --valid-fraction or more documents"
     )
 
 
-def _metrics(counts: dict[tuple[str, Split], Counter[str]], corpus: _Corpus, encoder: Encoder) -> TokenizeMetrics:
-    splits = {split: _total(count for (_, of), count in counts.items() if of == split) for split in SPLITS}
-    everything = _total(counts.values())
-    return TokenizeMetrics(
-        vocab_size=encoder.vocab_size,
-        end_of_text=encoder.end_of_text,
-        train=splits["train"],
-        valid=splits["valid"],
-        sources={
-            name: _total(counts[name, split] for split in SPLITS) for name in sorted({name for name, _ in counts})
-        },
-        skipped_empty=corpus.skipped_empty,
-        skipped_by_limit=corpus.skipped_by_limit,
-        bytes_per_token=round(everything.bytes / everything.tokens, 4),
-        encoder=encoder.name,
-    )
+def _tidy(manifest: TokenizeManifest, run_dir: Path) -> None:
+    """Remove what the work needed and the manifest does not name; a crash after it was written leaves that behind."""
+    folder = run_dir / manifest.folder
+    named = {FILE_NAME, *(ref.path.rsplit("/", 1)[-1] for ref in manifest.outputs)}
+    for path in folder.iterdir():
+        if path.name not in named:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(run_dir / STDIN, ignore_errors=True)
 
 
-def _total(counts: Iterable[Counter[str]]) -> Counts:
-    total: Counter[str] = sum(counts, Counter())
-    return Counts(documents=total["documents"], tokens=total["tokens"], bytes=total["bytes"])
+def _as_strict(manifest: TokenizeManifest, config: TokenizeConfig, folder: Path) -> TokenizeManifest:
+    """The manifest, unless faults were skipped in it that this start does not want skipped."""
+    faulty = manifest.metrics.left_out.faulty
+    if config.on_error == "stop" and faulty:
+        raise StaleFailure(
+            f"{folder} is finished, but {faulty} faulty record(s) were skipped, listed in {folder / 'skipped.jsonl'}: "
+            "take it with --on-error skip, or mend the text and give --force to do it again"
+        )
+    return manifest

@@ -5,6 +5,7 @@
 - forced, the old folder is set aside and deleted only when the new one is finished
 - leftovers of an unfinished start are kept for resuming when their key is the same, and cleared otherwise
 - where several processes work together, the first one (the leader) claims and writes for all
+- where several jobs share a stage's work (`shared`), they hold it together, and each claims a folder of its own in it
 """
 
 import fcntl
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TextIO, TypeVar
 
 from loguru import logger
 
@@ -32,6 +33,7 @@ from stages.artifacts.environment import environment
 M = TypeVar("M", bound=Manifest)
 
 CLAIM_NAME = ".claim"  # holds the key of the unfinished start
+PATIENCE = 10.0  # seconds a sharer waits for one that clears the way; who works alone takes longer
 
 
 class Claim(Generic[M]):
@@ -83,6 +85,15 @@ class Claim(Generic[M]):
                 logger.info("clearing leftovers of an earlier start with other settings in {}", self.path)
             shutil.rmtree(self.path)
         write_bytes(claim, self._key.encode(), self.run_dir)
+
+    def join(self) -> None:
+        """Find the stage up to date, or begun with the same settings and inputs. Raises StaleFailure."""
+        if (self.path / FILE_NAME).exists():
+            self.finished = self._up_to_date()
+            return
+        claim = self.path / CLAIM_NAME
+        if not (claim.is_file() and claim.read_text() == self._key):
+            raise StaleFailure(f"{self.path} is being filled with other settings or inputs: wait, or use another run")
 
     def _up_to_date(self) -> M:
         manifest = self._manifest_type.read(self.run_dir, self.folder)
@@ -145,21 +156,67 @@ def claim_folder(
 
 
 @contextmanager
+def share_folder(
+    run_dir: Path, manifest_type: type[M], config: Config, inputs: Sequence[InputRef]
+) -> Iterator[Claim[M]]:
+    """Hold the stage's folder together with other jobs of the same settings and inputs, and nobody else.
+
+    Raises LockedFailure when a process holds it alone, or jobs with other settings share it, and StaleFailure.
+    """
+    name = manifest_type.folder
+    claim = Claim(run_dir, name, manifest_type, config, inputs)
+    with _lock_file(run_dir, name) as file:
+        if _flock(file, fcntl.LOCK_EX):
+            claim.begin(force=False)  # alone for a moment: leftovers of other settings can be cleared
+        for _ in range(round(PATIENCE / 0.1)):
+            if _flock(file, fcntl.LOCK_SH):
+                break
+            time.sleep(0.1)
+        else:
+            raise _locked(run_dir / name, file)
+        claim.join()
+        yield claim
+
+
+@contextmanager
 def _lock(run_dir: Path, name: str) -> Iterator[None]:
-    locks = run_dir / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / f"{name.replace('/', '-')}.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise LockedFailure(f"{run_dir / name} is being worked on by {holder}: wait for it or stop it") from error
+    with _lock_file(run_dir, name) as file:
+        if not _flock(file, fcntl.LOCK_EX):
+            raise _locked(run_dir / name, file)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
         file.truncate(0)
+
+
+def _lock_file(run_dir: Path, name: str) -> TextIO:
+    locks = run_dir / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return (locks / f"{name.replace('/', '-')}.lock").open("a+")
+
+
+def _flock(file: TextIO, kind: int) -> bool:
+    """Take the lock, or change the one held; False when others stand against it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _locked(path: Path, file: TextIO) -> LockedFailure:
+    file.seek(0)
+    holder = file.read().strip() or "other processes"
+    return LockedFailure(f"{path} is being worked on by {holder}: wait for it or stop it")
+
+
+@contextmanager
+def turn_by_turn(run_dir: Path, name: str) -> Iterator[None]:
+    """Within the block, be the only one of the jobs that share a stage; the others wait."""
+    with _lock_file(run_dir, name) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _differences(manifest: Manifest, config: Config, inputs: Sequence[InputRef]) -> Iterator[str]:

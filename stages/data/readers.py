@@ -1,274 +1,289 @@
-"""Corpora as the user has them: files, folders and globs, read one document at a time.
+"""Documents out of text files of any kind, one at a time; what is no document comes as a `Rejected` in its place.
 
-- `.jsonl` and `.ndjson` hold one document a line, `.parquet` one a row, `.txt` and `.md` one a file
-- `.gz` and `.zst` go through Arrow's codecs, which report a stream cut short; other readers return what there was
+- the reader has no policy: a bad record is told and the next one read; a fault of the file is told and ends the file
 - text is UTF-8 and is kept as it is, line ends included; only a byte order mark at the start of a file is dropped
-- JSON may spell half a surrogate pair, which is no text and has no bytes: refused
-- line files are streamed; memory is one line, at most `MAX_DOCUMENT` bytes, so that no small archive grows without end
+- a NUL byte in a text means that it is binary, or UTF-16; half a surrogate pair, which JSON can spell, is no text and
+  has no bytes: both are refused
+- memory is bounded per format, by `streams.MAX_DOCUMENT` for text; each reader says how
 """
 
-import glob
-import io
-import itertools
-import json
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-from loguru import logger
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 from schemas.failures import InputFailure
+from stages.data.records import NUL_FOUND, Record, Records, is_json_lines, read_json, read_json_lines
+from stages.data.sources import TextFile
+from stages.data.streams import opened, shown
+from stages.data.tables import Fields, Select, read_arrow, read_csv, read_parquet, table_fields
+from stages.data.texts import TEXT, read_blocks, read_text_lines, read_whole
 
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-LINE_FILES = (".jsonl", ".ndjson")
-TEXT_FILES = (".txt", ".md")
-READABLE = ".jsonl, .ndjson, .txt, .md (each also .gz or .zst) and .parquet"
-MAX_DOCUMENT = 256 << 20  # bytes
-PARQUET_ROWS = 256  # decoded at a time
-BYTE_ORDER_MARK = "\ufeff".encode()
+TxtDocuments = Literal["file", "block", "line"]
+NO_COLUMN = "-"  # for `Columns.id`
+TEXT_COLUMNS = ("text", "content", "contents", "document", "body", "article", "raw_content", "markdown", "code")
+OTHER_COLUMNS = {  # strings that say something about a text
+    "id", "doc_id", "uuid", "source", "group", "url", "uri", "link", "title", "name", "file", "filename", "path",
+    "author", "date", "time", "timestamp", "created", "added", "language", "lang", "license", "label", "category",
+    "type", "domain", "subset", "split",
+}  # fmt: skip
+TXT_READERS = {"file": read_whole, "block": read_blocks, "line": read_text_lines}
+SEPARATORS = {"csv": ",", "tsv": "\t"}
+GUESS_RECORDS = 100  # looked at for the first good one
 
 
 class Columns(NamedTuple):
-    """Where a record keeps what. A column named here must be there; None takes `id`, `source`, or does without."""
+    """Where a record keeps what. A column named here must be there.
 
-    text: str = "text"
+    None guesses the text column, takes `id` and `source` where they are, and makes each document its own group; the id
+    "-" names documents by file and line even where there is an `id`.
+    """
+
+    text: str | None = None
     id: str | None = None
     source: str | None = None
     group: str | None = None
 
 
-class TextFile(NamedTuple):
-    """A file to read. `label` is its name, with as many parent folders as make it unique in the corpus."""
+class Span(NamedTuple):
+    """A part of a file: bytes [start, stop) of plain JSON lines, at the borders of lines, or row groups of Parquet.
 
-    path: Path
-    label: str
+    `line` is the number of the first line or row. Other files are read as the whole only.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    line: int = 1
 
 
 class Document(NamedTuple):
-    """One text, with its length in UTF-8 bytes. Documents of one group belong in one split."""
+    """One text of `size` bytes in UTF-8, from `line` (or row) on. Documents of one group belong in one split."""
 
     id: str
     source: str
     group: str
     text: str
     size: int
+    line: int
 
 
-def find_files(inputs: Sequence[str]) -> list[TextFile]:
-    """The files that `inputs` (files, folders, globs) name, each once, sorted by label.
+class Rejected(NamedTuple):
+    """What could not be read, in one whole line. `line` is None when it is the file, or the rest of it."""
 
-    Folders are searched to any depth; in them, hidden files and files of other kinds are left out with a warning.
-    Raises InputFailure for what does not exist or cannot be read as text.
+    file: str
+    line: int | None
+    message: str
+
+
+WHOLE = Span()
+
+
+def read_documents(
+    file: TextFile, columns: Columns, txt_documents: TxtDocuments = "file", span: Span = WHOLE
+) -> Iterator[Document | Rejected]:
+    """The documents of `file`, empty ones included, in order.
+
+    Ids are the column's, or `label:line`; in a `.json` that is not JSON lines, `label:number`, as many elements can
+    begin in one line; of a text file read as one document, `label`.
     """
-    paths: dict[Path, Path] = {}
-    for pattern in inputs:
-        for path in _expand(pattern):
-            for file in _files_in(path) if path.is_dir() else [_fit(path)]:
-                paths.setdefault(file.resolve(), file)
-    labels = _labels(list(paths.values()))
-    return sorted((TextFile(path, label) for path, label in labels.items()), key=lambda file: file.label)
+    if span != WHOLE and (file.kind not in ("jsonl", "parquet") or file.codec):
+        raise ValueError(f"{file.label} can be read as a whole only")
+    try:
+        file = _as_written(file)
+        if file.kind == "txt":
+            columns = Columns(TEXT, NO_COLUMN)
+        elif columns.text is None:
+            columns = columns._replace(text=guess_text_column(file))
+        records = _records(file, partial(_select, file, columns), txt_documents, span)
+        yield from _documents(file, columns, records, _namer(file, txt_documents))
+    except InputFailure as failure:
+        yield Rejected(file.label, None, str(failure))
 
 
-def _expand(pattern: str) -> list[Path]:
-    if os.path.lexists(pattern):
-        return [Path(pattern)]
-    if found := sorted(glob.glob(pattern, recursive=True)):
-        return [Path(name) for name in found]
-    raise InputFailure(f"no such file or folder: {_shown(pattern)}")
+def _as_written(file: TextFile) -> TextFile:
+    """`file`, of the kind "jsonl" where a `.json` holds JSON lines."""
+    if file.kind != "json":
+        return file
+    try:
+        with opened(file.path, file.codec) as stream:
+            return file._replace(kind="jsonl") if is_json_lines(stream) else file
+    except InputFailure:
+        return file  # who reads the documents will meet it, after those before it
 
 
-def _files_in(folder: Path) -> list[Path]:
-    files, others = [], Counter[str]()
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.is_dir():
+def _records(file: TextFile, select: Select, txt_documents: TxtDocuments, span: Span) -> Records:
+    if file.kind == "parquet":
+        return read_parquet(file.path, select, *span)
+    if file.kind == "arrow":
+        return read_arrow(file.path, select)
+    return _text_records(file, select, txt_documents, span)
+
+
+def _text_records(file: TextFile, select: Select, txt_documents: TxtDocuments, span: Span) -> Records:
+    path = file.path
+    with opened(path, file.codec) as stream:
+        if file.kind == "jsonl":
+            if span.start:
+                stream.seek(span.start)
+            size = None if span.stop is None else span.stop - span.start
+            yield from read_json_lines(stream, path, span.line, size)
+        elif file.kind == "json":
+            yield from read_json(stream, path)
+        elif file.kind == "txt":
+            yield from TXT_READERS[txt_documents](stream, path)
+        else:
+            yield from read_csv(stream, path, SEPARATORS[file.kind], select)
+
+
+def _select(file: TextFile, columns: Columns, fields: Fields) -> list[str]:
+    """The columns of a table that are wanted. Raises InputFailure when one is missing, there twice, or of no use."""
+    names = [name for name, _ in fields]
+    wanted = []
+    for role, given in zip(columns._fields, columns, strict=True):
+        column = given or ("" if role == "group" else role)
+        if column == NO_COLUMN and role == "id":
             continue
-        if _kind(path) and path.is_file():
-            files.append(_fit(path))
-        else:
-            others[path.suffix or path.name] += 1
-    if not files:
-        raise InputFailure(f"{_shown(folder)} holds no file that can be read; readable are {READABLE}")
-    if others:
-        kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(others.items())[:8])
-        logger.warning("left out in {}, as of other kinds: {}", _shown(folder), kinds)
-    return files
+        if column in names:
+            _check_column(file, role, column, fields)
+            wanted.append(column)
+        elif given:
+            raise InputFailure(f"{shown(file.path)} {_no_column(given, columns, names)}")
+    return list(dict.fromkeys(wanted))
 
 
-def _fit(path: Path) -> Path:
-    """`path`, found to be a file that a reader exists for."""
-    if not path.exists():
-        raise InputFailure(f"{_shown(path)} is a link to nothing")
-    if not path.is_file():
-        raise InputFailure(f"{_shown(path)} is not a regular file; write the text to a file first")
-    if not _kind(path):
-        raise InputFailure(f"{_shown(path)} is of an unknown kind {path.suffix!r}; readable are {READABLE}")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise InputFailure(f"the file name {_shown(path)} is not UTF-8: rename the file") from error
-    return path
-
-
-def _shown(path: Path | str) -> str:
-    """A path on one line, whatever characters it holds."""
-    return str(path) if str(path).isprintable() else repr(str(path))
-
-
-def _kind(path: Path) -> str | None:
-    """The suffix that decides how `path` is read, without that of the codec; None when nothing reads it."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".parquet"]:
-        return ".parquet"
-    if suffixes and suffixes[-1] in CODECS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in (*LINE_FILES, *TEXT_FILES) else None
-
-
-def _labels(paths: Sequence[Path]) -> dict[Path, str]:
-    labels = {path: path.name for path in paths}
-    for depth in itertools.count(2):
-        shared = {label for label, count in Counter(labels.values()).items() if count > 1}
-        if not shared:
-            break
-        labels |= {path: "/".join(path.absolute().parts[-depth:]) for path in paths if labels[path] in shared}
-    return labels
-
-
-def read_documents(files: Sequence[TextFile], columns: Columns) -> Iterator[Document]:
-    """The documents of `files`, empty ones included. Raises InputFailure naming the file and the line."""
-    for file in files:
-        kind = _kind(file.path)
-        if kind in TEXT_FILES:
-            yield _read_text(file)
-        else:
-            records = _read_parquet(file, columns) if kind == ".parquet" else _read_lines(file)
-            for number, record in records:
-                yield _document(record, columns, file, number)
-
-
-def _read_text(file: TextFile) -> Document:
-    with _opened(file.path) as stream:
-        data = stream.read(MAX_DOCUMENT + 1)
-    if len(data) > MAX_DOCUMENT:
-        raise InputFailure(f"{_shown(file.path)} is longer than {MAX_DOCUMENT >> 20} MiB: cut it into documents")
-    data = data.removeprefix(BYTE_ORDER_MARK)
-    return Document(file.label, _stem(file.path), file.label, _decoded(data, file.path, 1), len(data))
-
-
-def _read_lines(file: TextFile) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with _opened(file.path) as stream:
-        for number in itertools.count(1):
-            line = stream.readline(MAX_DOCUMENT + 1)
-            if not line:
-                return
-            if len(line) > MAX_DOCUMENT:
-                raise InputFailure(f"{_shown(file.path)} line {number} is longer than {MAX_DOCUMENT >> 20} MiB")
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            if not line.isspace() and line:
-                yield number, _parsed(line, file.path, number)
-
-
-def _parsed(line: bytes, path: Path, number: int) -> Mapping[str, Any]:
-    try:
-        record = json.loads(_decoded(line, path, number))
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+def _check_column(file: TextFile, role: str, column: str, fields: Fields) -> None:
+    kinds = [kind for name, kind in fields if name == column]
+    if len(kinds) > 1:
+        raise InputFailure(f"{shown(file.path)} has {len(kinds)} columns {column!r}, expected one: rename the others")
+    if kinds[0] not in (("string",) if role == "text" else ("string", "integer", "null")):
+        expected = "strings" if role == "text" else "strings or whole numbers"
         raise InputFailure(
-            f"{_shown(path)} line {number} is not JSON ({reason}); one object a line is expected"
-        ) from error
-    if not isinstance(record, dict):
-        raise InputFailure(f"{_shown(path)} line {number} holds a {type(record).__name__}, expected a JSON object")
-    return record
+            f"{shown(file.path)}: column {column!r} is of type {kinds[0]}, expected {expected}: give --{role}-column"
+        )
 
 
-def _read_parquet(file: TextFile, columns: Columns) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with _translated(file.path), pq.ParquetFile(file.path) as table:
-        names = table.schema_arrow.names
-        wanted = [
-            name for name in (columns.text, columns.id or "id", columns.source or "source", columns.group) if name
-        ]
-        missing = next((name for name in columns if name and name not in names), None)
-        if missing:
-            raise _no_column(f"{_shown(file.path)}", missing, columns, names)
-        number = 0
-        for batch in table.iter_batches(PARQUET_ROWS, columns=[name for name in names if name in wanted]):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
+def _no_column(name: str, columns: Columns, found: Iterable[str]) -> str:
+    role = columns._fields[columns.index(name)]
+    names = ", ".join(f"{column!r:.60}" for column in islice(found, 12)) or "none"
+    return f"has no column {name!r}; its columns: {names}: give --{role}-column"
 
 
-def _document(record: Mapping[str, Any], columns: Columns, file: TextFile, number: int) -> Document:
-    where = f"{_shown(file.path)} {'row' if _kind(file.path) == '.parquet' else 'line'} {number}"
-    for name in columns:
-        if name and name not in record:
-            raise _no_column(where, name, columns, list(record))
-    text = record[columns.text]
-    if not isinstance(text, str):
-        raise InputFailure(f"{where}: column {columns.text!r} holds {_type_name(text)}, expected a string")
-    document = _label(record, columns.id or "id", where) or f"{file.label}:{number}"
-    source = _label(record, columns.source or "source", where) or _stem(file.path)
-    group = (_label(record, columns.group, where) if columns.group else None) or document
+def _namer(file: TextFile, txt_documents: TxtDocuments) -> Callable[[int, int], str]:
+    """What a document without an id is called: from its line, and its number among the file's records."""
+    if file.kind == "txt" and txt_documents == "file":
+        return lambda line, number: file.label
+    if file.kind == "json":
+        return lambda line, number: f"{file.label}:{number}"
+    return lambda line, number: f"{file.label}:{line}"
+
+
+class _Unfit(Exception):
+    """The record is no document: what is wrong with it, to be read after its place."""
+
+
+def _documents(
+    file: TextFile, columns: Columns, records: Records, name: Callable[[int, int], str]
+) -> Iterator[Document | Rejected]:
+    id_column = None if columns.id == NO_COLUMN else columns.id or "id"
+    source_column = columns.source or "source"
+    for number, (line, record) in enumerate(records, 1):
+        try:
+            if isinstance(record, str):
+                raise _Unfit(f" {record}")
+            text, size = _text(record, columns)
+            document = _name(record, id_column, columns) or name(line, number)
+            source = _name(record, source_column, columns) or file.source
+            group = _name(record, columns.group, columns) or document
+        except _Unfit as unfit:
+            place = "row" if file.kind in ("parquet", "arrow") else "line"
+            yield Rejected(file.label, line, f"{shown(file.path)} {place} {line}{unfit}")
+        else:
+            yield Document(document, source, group, text, size, line)
+
+
+def _text(record: Record, columns: Columns) -> tuple[str, int]:
+    """The text and its size in bytes."""
+    column = columns.text or TEXT
+    text = record.get(column)
+    if type(text) is not str:
+        if column not in record:
+            raise _Unfit(f" {_no_column(column, columns, record)}")
+        raise _Unfit(f": column {column!r} holds {_type_name(text)}, expected a string")
+    if text.isascii():
+        size, nul = len(text), "\0" in text
+    else:
+        data = _encoded(text)
+        size, nul = len(data), 0 in data
+    if nul:
+        raise _Unfit(f" {NUL_FOUND}")
+    return text, size
+
+
+def _name(record: Record, column: str | None, columns: Columns) -> str | None:
+    """A name out of a record: a string, or a whole number as a string; None when there is none."""
+    value = record.get(column) if column else None
+    if type(value) is str:
+        if not value.isascii():
+            _encoded(value)
+        return value
+    if value is None:
+        if column and column in columns and column not in record:
+            raise _Unfit(f" {_no_column(column, columns, record)}")
+        return None
+    if type(value) is not int:
+        raise _Unfit(f": column {column!r} holds {_type_name(value)}, expected a string or a whole number")
+    return str(value)
+
+
+def _encoded(text: str) -> bytes:
     try:
-        size = len(text.encode())
-        "".join((document, source, group)).encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         found = f"\\u{ord(error.object[error.start]):04x}"
-        raise InputFailure(f"{where} holds {found}, half of a surrogate pair, which is no text") from error
-    return Document(document, source, group, text, size)
-
-
-def _label(record: Mapping[str, Any], column: str, where: str) -> str | None:
-    """A name out of a record: a string, or a whole number as a string; None when there is none."""
-    value = record.get(column)
-    if value is None or value == "":
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise InputFailure(f"{where}: column {column!r} holds {_type_name(value)}, expected a string or a whole number")
-    return str(value)
+        raise _Unfit(f" holds {found}, half of a surrogate pair, which is no text") from error
 
 
 def _type_name(value: Any) -> str:
     return "null" if value is None else f"a value of type {type(value).__name__}"
 
 
-def _no_column(where: str, name: str, columns: Columns, found: Sequence[str]) -> InputFailure:
-    role = columns._fields[columns.index(name)]
-    names = ", ".join(repr(column) for column in found[:12]) or "none"
-    return InputFailure(f"{where} has no column {name!r}; its columns: {names}: give --{role}-column")
+def guess_text_column(file: TextFile) -> str | None:
+    """The column that holds the text, from the first good record or the table's types; None for text files.
+
+    "text" where it is, or where there is no good record; else the first of `TEXT_COLUMNS` that holds a string; else the
+    only other one that does and is not called as strings about a text are. Raises InputFailure when it stays unclear.
+    """
+    if file.kind == "txt":
+        return None
+    strings = _columns_of_strings(file)
+    if strings is None or TEXT in strings:
+        return TEXT
+    known = [name for name in TEXT_COLUMNS if strings.get(name)]
+    others = [name for name, holds in strings.items() if holds and name.lower() not in OTHER_COLUMNS]
+    if known or len(others) == 1:
+        return (known or others)[0]
+    names = ", ".join(f"{name!r:.60}" for name in islice(strings, 12)) or "none"
+    raise InputFailure(
+        f"{shown(file.path)} does not say which column holds the text; its columns: {names}: give --text-column"
+    )
 
 
-def _stem(path: Path) -> str:
-    """The file's name without the suffixes that say how it is read: `law.v2.jsonl.zst` is `law.v2`."""
-    stem = Path(path.stem) if path.suffix.lower() in CODECS else path
-    return stem.stem
-
-
-def _decoded(data: bytes, path: Path, first_line: int) -> str:
+def _columns_of_strings(file: TextFile) -> dict[str, bool] | None:
+    """For each column whether it holds strings, in CSV other than numbers; None when there is no good record."""
     try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        found = f"byte 0x{data[error.start]:02x}"
-        raise InputFailure(f"{_shown(path)} line {line} is not UTF-8 ({found}): convert the file first") from error
+        if file.kind in ("parquet", "arrow"):
+            return {name: kind == "string" for name, kind in table_fields(file.path, file.kind)}
+        everything = _records(_as_written(file), lambda fields: [name for name, _ in fields], "file", WHOLE)
+        records = (record for _, record in islice(everything, GUESS_RECORDS))
+        good = next((record for record in records if isinstance(record, dict) and record), None)
+    except InputFailure:
+        return None  # as above
+    return good and {name: isinstance(value, str) and not _is_number(value) for name, value in good.items()}
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedReader]:
-    """The file's bytes, decompressed as its suffix says."""
-    with _translated(path), pa.input_stream(str(path), compression=CODECS.get(path.suffix.lower())) as raw:
-        yield io.BufferedReader(raw, 1 << 20)
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _is_number(value: str) -> bool:
     try:
-        yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputFailure(f"{_shown(path)} cannot be read: {reason}") from error
+        float(value)
+    except ValueError:
+        return False
+    return True

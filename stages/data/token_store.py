@@ -2,24 +2,23 @@
 
 - the IPC *file* format only: a *stream* cut at a message border reads as complete
 - Arrow accepts most flipped bits as valid data, so a reader checks the shard's digest (`FileRef.check`) before it opens
-- a shard under construction lives in memory (`SHARD_TOKENS` ids) and reaches the disk whole
+- a shard is streamed to the disk in batches (`BATCH_TOKENS` ids) and has its name only when it is whole
 - the same documents give the same bytes: no metadata, no compression, dictionary-free
 - token ids are uint16 while the vocabulary fits (65,536), else uint32; the ids read are views of the map, not copies
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from schemas.failures import IntegrityFailure
-from schemas.files import FileRef, new_file
+from schemas.files import FileRef, NewFile, new_file
 
-SHARD_TOKENS = 16 << 20  # 32 MiB of uint16
-SHARD_DOCUMENTS = 1 << 20  # so that a million tiny documents stay bounded as well
 BATCH_TOKENS = 1 << 20
 BATCH_DOCUMENTS = 1 << 16
 
@@ -35,35 +34,35 @@ def _schema(dtype: type[np.uint16] | type[np.uint32]) -> pa.Schema:
 
 
 class ShardWriter:
-    """Writes documents, in the order added, to `<stem>-00000.arrow`, `<stem>-00001.arrow`, … in `folder`.
+    """Writes documents, in the order added, to one shard: a context, in which `finish` gives the file its name.
 
-    A shard is closed by the document that fills it, so no document straddles two; `finish` writes the last.
+    Memory: one batch, `BATCH_TOKENS` ids and the longest document. Left without `finish`, nothing stays behind.
     """
 
-    def __init__(
-        self, folder: Path, stem: str, run_dir: Path, vocab_size: int, shard_tokens: int = SHARD_TOKENS
-    ) -> None:
-        self._folder = folder
-        self._stem = stem
+    def __init__(self, path: Path, run_dir: Path, vocab_size: int) -> None:
+        self._path = path
         self._run_dir = run_dir
         self._dtype = token_type(vocab_size)
-        self._shard_tokens = shard_tokens
-        self._batch_tokens = min(BATCH_TOKENS, shard_tokens)
         self._schema = _schema(self._dtype)
-        self._refs: list[FileRef] = []
-        self._open_shard()
-
-    def _open_shard(self) -> None:
-        self._batches: list[pa.RecordBatch] = []
+        self._open = ExitStack()
+        self._file: NewFile | None = None
         self._documents = 0
         self._tokens = 0
         self._open_batch()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self._file is not None:
+            left = error or RuntimeError("left without finish")
+            self._open.__exit__(type(left), left, trace)
 
     def _open_batch(self) -> None:
         self._ids: list[str] = []
         self._sources: list[str] = []
         self._bytes: list[int] = []
-        self._rows: list[np.ndarray] = []
+        self._rows: list[Sequence[int] | np.ndarray] = []
         self._waiting = 0
 
     def add(self, document: str, source: str, size: int, tokens: Sequence[int] | np.ndarray) -> None:
@@ -71,38 +70,59 @@ class ShardWriter:
         self._ids.append(document)
         self._sources.append(source)
         self._bytes.append(size)
-        self._rows.append(np.asarray(tokens, dtype=self._dtype))
+        self._rows.append(tokens)
         self._waiting += len(tokens)
-        if self._waiting >= self._batch_tokens or len(self._ids) >= BATCH_DOCUMENTS:
+        if self._waiting >= BATCH_TOKENS or len(self._ids) >= BATCH_DOCUMENTS:
             self._close_batch()
-        if self._tokens >= self._shard_tokens or self._documents >= SHARD_DOCUMENTS:
-            self._close_shard()
 
     def _close_batch(self) -> None:
         offsets = np.zeros(len(self._rows) + 1, dtype=np.int32)
         np.cumsum([len(row) for row in self._rows], out=offsets[1:])
-        values = np.concatenate(self._rows)
-        tokens = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=self._schema.field("tokens").type)
-        columns = [pa.array(self._ids), pa.array(self._sources), pa.array(self._bytes, pa.int64()), tokens]
-        self._batches.append(pa.record_batch(columns, schema=self._schema))
-        self._documents += len(self._rows)
-        self._tokens += self._waiting
+        values = np.concatenate(self._rows, dtype=self._dtype, casting="unsafe")
+        kind = self._schema.field("tokens").type
+        tokens = pa.Array.from_buffers(
+            kind, len(offsets) - 1, [None, pa.py_buffer(offsets)], children=[_numbers(values)]
+        )
+        sizes = _numbers(np.array(self._bytes, dtype=np.int64))
+        columns = [_strings(self._ids), _strings(self._sources), sizes, tokens]
+        self._write(pa.record_batch(columns, schema=self._schema), self._waiting)
         self._open_batch()
 
-    def _close_shard(self) -> None:
-        path = self._folder / f"{self._stem}-{len(self._refs):05d}.arrow"
-        with new_file(path) as file:
-            _write(file, self._schema, self._batches)
-        self._refs.append(file.ref(path, self._run_dir, rows=self._documents, tokens=self._tokens))
-        self._open_shard()
+    def _write(self, batch: pa.RecordBatch, tokens: int) -> None:
+        if self._file is None:
+            self._file = self._open.enter_context(new_file(self._path))
+            self._arrow = pa.ipc.new_file(self._file, self._schema)
+        self._arrow.write_batch(batch)
+        self._documents += batch.num_rows
+        self._tokens += tokens
 
-    def finish(self) -> list[FileRef]:
-        """Write what is left; the descriptors of all shards, in order. No documents, no shards."""
+    def copy(self, batch: pa.RecordBatch) -> None:
+        """Append the documents of another shard's batch."""
+        offsets = batch.column("tokens").offsets.to_numpy()
+        self._write(batch, int(offsets[-1] - offsets[0]))
+
+    def finish(self) -> FileRef | None:
+        """Complete the file; its descriptor, or None when no document was added."""
         if self._ids:
             self._close_batch()
-        if self._batches:
-            self._close_shard()
-        return list(self._refs)
+        if self._file is None:
+            return None
+        self._arrow.close()
+        file, self._file = self._file, None
+        self._open.close()
+        return file.ref(self._path, self._run_dir, rows=self._documents, tokens=self._tokens)
+
+
+# `pa.array` would import pandas wherever it is installed, which takes longer than to tokenize a small corpus.
+def _numbers(values: np.ndarray) -> pa.Array:
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def _strings(values: Sequence[str]) -> pa.Array:
+    encoded = [value.encode() for value in values]
+    offsets = np.zeros(len(encoded) + 1, dtype=np.int32)
+    np.cumsum([len(value) for value in encoded], out=offsets[1:])
+    return pa.StringArray.from_buffers(len(encoded), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
 
 
 class TokenStore:
@@ -157,9 +177,26 @@ def _map_shard(path: Path) -> list[pa.RecordBatch]:
     return [reader.get_batch(index) for index in range(reader.num_record_batches)]
 
 
+def keep_rows(shard: Path, kept: np.ndarray, target: Path, run_dir: Path) -> FileRef | None:
+    """Copy the documents that `kept` (bool [documents]) marks into a new shard; None when it marks none."""
+    batches = _map_shard(shard)
+    writer = ShardWriter(target, run_dir, 1 << 16 if batches[0].schema == _schema(np.uint16) else 1 << 32)
+    start = 0
+    with writer:
+        for batch in batches:
+            some = batch.take(_numbers(np.flatnonzero(kept[start : start + batch.num_rows])))
+            start += batch.num_rows
+            if some.num_rows:
+                writer.copy(some)
+        return writer.finish()
+
+
 def write_table(path: Path, columns: Mapping[str, Sequence[str] | np.ndarray], run_dir: Path) -> FileRef:
     """Write a small table, columns of equal length, as one Arrow IPC file; numpy dtypes are kept."""
-    arrays = [pa.array(values, None if isinstance(values, np.ndarray) else pa.string()) for values in columns.values()]
+    arrays = [
+        _numbers(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else _strings(values)
+        for values in columns.values()
+    ]
     batch = pa.record_batch(arrays, names=list(columns))
     with new_file(path) as file:
         _write(file, batch.schema, [batch])

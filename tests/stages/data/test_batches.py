@@ -21,12 +21,17 @@ def store(tmp_path):
     return stored(tmp_path, documents())
 
 
-def stored(folder, texts, shard_tokens=20):
-    writer = ShardWriter(folder, "train", folder, vocab_size=1000, shard_tokens=shard_tokens)
-    for number, tokens in enumerate(texts):
-        writer.add(f"d{number}", "s", len(tokens), tokens)
-    refs = writer.finish()
-    return TokenStore.open([folder / ref.path for ref in refs])
+def stored(folder, texts, vocab_size=1000, documents_per_shard=3):
+    """In shards of three documents, so that rows reach over shards."""
+    paths = []
+    for start in range(0, len(texts), documents_per_shard):
+        path = folder / f"train-{start:05d}.arrow"
+        with ShardWriter(path, folder, vocab_size) as writer:
+            for number, tokens in enumerate(texts[start : start + documents_per_shard], start):
+                writer.add(f"d{number}", "s", len(tokens), tokens)
+            writer.finish()
+        paths.append(path)
+    return TokenStore.open(paths)
 
 
 def stream(texts):
@@ -83,7 +88,7 @@ def test_a_batch_may_be_larger_than_an_epoch(store):
 
 
 def test_rows_depend_on_seed_and_step_alone(store, tmp_path):
-    other = Rows(stored(tmp_path / "again", documents(), shard_tokens=1000), END, 3)
+    other = Rows(stored(tmp_path / "again", documents(), documents_per_shard=100), END, 3)
     rows = Rows(store, END, 3)
     later_first = [rows.batch(step, 4, seed=1) for step in (9, 0)]
     assert torch.equal(later_first[0], other.batch(9, 4, seed=1))
@@ -118,7 +123,5 @@ def test_exactly_one_row_is_enough(tmp_path):
 
 
 def test_uint32_tokens_come_out_as_they_are(tmp_path):
-    writer = ShardWriter(tmp_path, "train", tmp_path, vocab_size=1 << 20)
-    writer.add("d", "s", 1, [1_000_000, 5, 70_000])
-    (ref,) = writer.finish()
-    assert Rows(TokenStore.open([tmp_path / ref.path]), 1, 3).row(0).tolist() == [1, 1_000_000, 5, 70_000]
+    store = stored(tmp_path, [[1_000_000, 5, 70_000]], vocab_size=1 << 20)
+    assert Rows(store, 1, 3).row(0).tolist() == [1, 1_000_000, 5, 70_000]

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from schemas.failures import IntegrityFailure, ResourceFailure
 from stages.data import token_store
-from stages.data.token_store import ShardWriter, TokenStore, read_table, write_table
+from stages.data.token_store import ShardWriter, TokenStore, keep_rows, read_table, write_table
 
 
 def random_documents(count: int, vocab_size: int) -> list[np.ndarray]:
@@ -15,11 +16,19 @@ def random_documents(count: int, vocab_size: int) -> list[np.ndarray]:
     return [generator.integers(0, vocab_size, generator.integers(0, 300)) for _ in range(count)]
 
 
-def written(folder: Path, documents: list[np.ndarray], vocab_size: int, shard_tokens: int = 1000) -> list[Path]:
-    writer = ShardWriter(folder / "tokens", "train", folder, vocab_size, shard_tokens)
-    for number, tokens in enumerate(documents):
-        writer.add(f"document {number}", f"source {number % 3}", 4 * len(tokens), tokens)
-    return [ref.check(folder) for ref in writer.finish()]
+def written(folder: Path, documents: list[np.ndarray], vocab_size: int, shards: int = 4) -> list[Path]:
+    paths = []
+    borders = [len(documents) * shard // shards for shard in range(shards + 1)]
+    for shard, (start, stop) in enumerate(pairwise(borders)):
+        with ShardWriter(folder / "tokens" / f"train-{shard:05d}.arrow", folder, vocab_size) as writer:
+            for number in range(start, stop):
+                tokens = documents[number]
+                writer.add(f"document {number}", f"source {number % 3}", 4 * len(tokens), tokens)
+            ref = writer.finish()
+        assert ref is not None
+        assert (ref.rows, ref.tokens) == (stop - start, sum(map(len, documents[start:stop])))
+        paths.append(ref.check(folder))
+    return paths
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(8192, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
@@ -27,7 +36,7 @@ def test_documents_come_back_in_order_over_all_shards(tmp_path: Path, vocab_size
     documents = random_documents(50, vocab_size)
     paths = written(tmp_path, documents, vocab_size)
     store = TokenStore.open(paths)
-    assert len(paths) > 3
+    assert len(paths) == 4
     assert len(store) == 50
     for number, tokens in enumerate(documents):
         np.testing.assert_array_equal(store.tokens(number), tokens)
@@ -40,35 +49,59 @@ def test_documents_come_back_in_order_over_all_shards(tmp_path: Path, vocab_size
 
 
 def test_tokens_are_read_only_views_of_the_map(tmp_path: Path) -> None:
-    store = TokenStore.open(written(tmp_path, [np.arange(100)], 8192))
+    store = TokenStore.open(written(tmp_path, [np.arange(100)], 8192, 1))
     view = store.tokens(0)
     assert not view.flags.owndata
     with pytest.raises(ValueError, match="read-only"):
         view[0] = 1
 
 
-def test_a_shard_ends_with_the_document_that_fills_it(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "valid", tmp_path, 8192, shard_tokens=100)
-    for number, length in enumerate([60, 60, 100, 5]):
-        writer.add(str(number), "s", length, np.zeros(length, dtype=np.uint16))
-    refs = writer.finish()
-    assert [ref.path for ref in refs] == ["valid-00000.arrow", "valid-00001.arrow", "valid-00002.arrow"]
-    assert [(ref.rows, ref.tokens) for ref in refs] == [(2, 120), (1, 100), (1, 5)]
-
-
 def test_many_batches_in_one_shard_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_store, "BATCH_DOCUMENTS", 7)
     documents = random_documents(50, 8192)
-    paths = written(tmp_path, documents, 8192, shard_tokens=1 << 20)
+    paths = written(tmp_path, documents, 8192, shards=1)
     store = TokenStore.open(paths)
     assert len(paths) == 1
     np.testing.assert_array_equal(np.concatenate([store.tokens(i) for i in range(50)]), np.concatenate(documents))
 
 
-def test_no_documents_make_no_shards_and_an_empty_store(tmp_path: Path) -> None:
-    assert ShardWriter(tmp_path, "train", tmp_path, 8192).finish() == []
+def test_no_documents_make_no_shard_and_an_empty_store(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "train-00000.arrow", tmp_path, 8192) as writer:
+        assert writer.finish() is None
     store = TokenStore.open([])
     assert (len(store), store.ids, store.lengths.shape, store.bytes.shape) == (0, [], (0,), (0,))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_left_without_finish_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_store, "BATCH_DOCUMENTS", 1)  # so that the file is begun
+    with pytest.raises(KeyError), ShardWriter(tmp_path / "a.arrow", tmp_path, 8192) as writer:
+        writer.add("a", "s", 1, [1])
+        assert len(list(tmp_path.iterdir())) == 1
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with ShardWriter(tmp_path / "a.arrow", tmp_path, 8192) as writer:
+        writer.add("a", "s", 1, [1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_kept_are_copied_with_all_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_store, "BATCH_DOCUMENTS", 7)
+    documents = random_documents(50, 100_000)
+    (path,) = written(tmp_path, documents, 100_000, shards=1)
+    kept = np.arange(50) % 3 == 1
+    kept[:14] = False  # two whole batches
+    ref = keep_rows(path, kept, tmp_path / "kept.arrow", tmp_path)
+    assert ref is not None
+    store = TokenStore.open([ref.check(tmp_path)])
+    numbers = np.flatnonzero(kept)
+    assert store.ids == [f"document {number}" for number in numbers]
+    assert store.bytes.tolist() == [4 * len(documents[number]) for number in numbers]
+    for place, number in enumerate(numbers):
+        np.testing.assert_array_equal(store.tokens(place), documents[number])
+    assert (ref.rows, ref.tokens) == (len(numbers), store.lengths.sum())
+    assert keep_rows(path, np.zeros(50, dtype=bool), tmp_path / "none.arrow", tmp_path) is None
+    assert not (tmp_path / "none.arrow").exists()
 
 
 @pytest.mark.parametrize("document", [-1, 50])
@@ -79,7 +112,7 @@ def test_a_document_outside_the_store_is_an_index_error(tmp_path: Path, document
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
-    data = written(tmp_path, random_documents(20, 8192), 8192, 1 << 20)[0].read_bytes()
+    data = written(tmp_path, random_documents(20, 8192), 8192, 1)[0].read_bytes()
     cut = tmp_path / "cut.arrow"
     for length in range(0, len(data), max(1, len(data) // 100)):
         cut.write_bytes(data[:length])
@@ -103,12 +136,14 @@ def test_a_full_disk_is_a_resource_failure_and_leaves_no_shard(tmp_path: Path) -
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full here")
-    writer = ShardWriter(tmp_path, "train", tmp_path, 8192)
-    writer.add("a", "s", 1, np.zeros(1 << 20, dtype=np.uint16))
     original = Path.open
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", lambda path, *mode: original(full if path.suffix == ".tmp" else path, *mode))
-        with pytest.raises(ResourceFailure, match="no room"):
+        with (
+            pytest.raises(ResourceFailure, match="no room"),
+            ShardWriter(tmp_path / "train-00000.arrow", tmp_path, 8192) as writer,
+        ):
+            writer.add("a", "s", 1, np.zeros(1 << 20, dtype=np.uint16))
             writer.finish()
     assert list(tmp_path.iterdir()) == []
 

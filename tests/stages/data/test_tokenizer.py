@@ -1,19 +1,27 @@
 import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from schemas.failures import InputFailure
-from stages.data import tokenizer as tokenizer_module
-from stages.data.readers import Document
-from stages.data.tokenizer import Encoder, load_tokenizer, pieces, train_tokenizer
+from stages.data.tokenizer import (
+    end_of_text_named,
+    is_unchanged,
+    keeps_text,
+    load_tokenizer,
+    separator_of,
+    tokenizer_files,
+    train_tokenizer,
+    uses_pattern_of_gpt2,
+)
 
 TEXT = "It's a kind of magic: we'll sing 1234 times,\n\n\tand   they'd  dance.  Größe, naïve, 日本語, 😀!\r\n" * 20
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +29,23 @@ def trained() -> Tokenizer:
     return train_tokenizer([TEXT], 400)
 
 
-def document(text: str) -> Document:
-    return Document("a", "s", "a", text, len(text.encode()))
+def content_of(tokenizer: Tokenizer, **parts: Any) -> dict[str, Any]:
+    return json.loads(tokenizer.to_str()) | parts
 
 
-def encode(encoder: Encoder, text: str) -> list[int]:
-    ((_, tokens),) = encoder.encode([document(text)])
-    return tokens.tolist()
-
-
-def changed(tokenizer: Tokenizer, folder: Path, **parts: object) -> Path:
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(tokenizer.to_str()) | parts))
-    return path
+def like_llama3() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end_of_text|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer
 
 
 def test_training_twice_gives_the_same_tokenizer(trained: Tokenizer) -> None:
@@ -41,81 +53,98 @@ def test_training_twice_gives_the_same_tokenizer(trained: Tokenizer) -> None:
 
 
 def test_every_byte_has_an_id_and_the_separator_is_first(trained: Tokenizer) -> None:
-    encoder = Encoder(trained, exact=True)
-    assert encoder.vocab_size == len(trained.get_vocab()) == 327
-    assert encoder.end_of_text == 0
-    assert len(Encoder(train_tokenizer(["a"], 300), exact=True).tokenizer.get_vocab()) == 257
+    assert set(pre_tokenizers.ByteLevel.alphabet()) <= set(trained.get_vocab())
+    assert separator_of(trained) == 0
+    assert train_tokenizer(["a"], 300).get_vocab_size() == 257
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=ANY_TEXT)
-def test_tokens_decode_to_the_text(trained: Tokenizer, text: str) -> None:
-    encoder = Encoder(trained, exact=True)
-    assert trained.decode(encode(encoder, text), skip_special_tokens=False) == text
+def test_concept_tokens_are_reserved_after_the_separator() -> None:
+    tokenizer = train_tokenizer([TEXT], 300, concept_tokens=3)
+    assert [tokenizer.token_to_id(f"<concept_{number}>") for number in range(3)] == [1, 2, 3]
+    assert tokenizer.get_vocab_size() == 300
+    assert tokenizer.encode("a <concept_1> b").ids[2] == 2
+    tokenizer.encode_special_tokens = True
+    assert not {1, 2, 3} & set(tokenizer.encode("a <concept_1> b").ids)
+    with pytest.raises(InputFailure, match="--vocab-size 300 has no room for 256 bytes, a separator and 44 concept"):
+        train_tokenizer([TEXT], 300, concept_tokens=44)
 
 
-@pytest.mark.parametrize("text", ["<|endoftext|>", "a <|endoftext|> b", "<|endoftext|>" * 3])
-def test_text_that_spells_the_separator_is_ordinary_text(trained: Tokenizer, text: str) -> None:
-    encoder = Encoder(trained, exact=True)
-    tokens = encode(encoder, text)
-    assert encoder.end_of_text not in tokens
-    assert trained.decode(tokens, skip_special_tokens=False) == text
+def test_byte_level_tokenizers_are_known_to_keep_text(trained: Tokenizer) -> None:
+    nfc = content_of(trained, normalizer={"type": "NFC"})
+    for content in (content_of(trained), content_of(like_llama3()), nfc):
+        assert keeps_text(content)
+    assert is_unchanged("e\u0301", content_of(trained))
+    assert not is_unchanged("e\u0301", nfc)
+    assert is_unchanged("\u00e9", nfc)
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(st.sampled_from("ab'st1 \n\t\r.,é日\u00a0\u2028"), max_size=60), length=st.integers(1, 10))
-def test_pieces_encode_as_the_whole(trained: Tokenizer, text: str, length: int) -> None:
-    cut = list(pieces(text, length))
-    assert "".join(cut) == text
-    together = [token for piece in cut for token in trained.encode(piece, add_special_tokens=False).ids]
-    assert together == trained.encode(text, add_special_tokens=False).ids
+PREFIX = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+DROPS = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+STRIPS = {"id": 999, "content": "x", "special": False, "lstrip": True, "rstrip": False}
 
 
-def test_long_and_many_documents_encode_as_one_by_one(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [TEXT[start:] * repeat for start, repeat in [(0, 1), (3, 2), (5, 0), (7, 3), (9, 1)]]
-    expected = [trained.encode(text, add_special_tokens=False).ids for text in texts]
-    monkeypatch.setattr(tokenizer_module, "BATCH_CHARACTERS", 2500)
-    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 700)
-    found = list(Encoder(trained, exact=True).encode(document(text) for text in texts))
-    assert [tokens.tolist() for _, tokens in found] == expected
-    assert [item.text for item, _ in found] == texts
-    assert all(tokens.dtype == np.uint32 for _, tokens in found)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": PREFIX},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DROPS, PREFIX | {"add_prefix_space": False}]}},
+        {"decoder": None},
+        {"added_tokens": [STRIPS]},
+    ],
+)
+def test_tokenizers_that_may_change_text_are_not(trained: Tokenizer, parts: dict[str, Any]) -> None:
+    assert not keeps_text(content_of(trained, **parts))
 
 
-def test_truncation_and_padding_of_a_given_tokenizer_are_ignored(trained: Tokenizer, tmp_path: Path) -> None:
-    cut = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
-    given_one = load_tokenizer(changed(trained, tmp_path, truncation=cut))
-    expected = encode(Encoder(trained, exact=True), TEXT)
-    assert encode(Encoder(given_one, exact=False), TEXT) == expected
+def test_models_that_may_change_text_are_not(trained: Tokenizer) -> None:
+    model = content_of(trained)["model"]
+    for change in ({"dropout": 0.1}, {"end_of_word_suffix": "</w>"}, {"vocab": {"a": 0}}):
+        assert not keeps_text(content_of(trained, model=model | change))
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    words.normalizer = normalizers.BertNormalizer()
+    assert not keeps_text(content_of(words))
 
 
-def test_a_tokenizer_that_loses_text_is_refused(trained: Tokenizer, tmp_path: Path) -> None:
-    encoder = Encoder(load_tokenizer(changed(trained, tmp_path, normalizer={"type": "Lowercase"})), exact=False)
-    assert encode(encoder, "all lower") == encode(Encoder(trained, exact=True), "all lower")
-    with pytest.raises(InputFailure, match="does not give document 'a' back"):
-        encode(encoder, "Upper")
+def test_only_the_pattern_of_gpt2_is_cut(trained: Tokenizer) -> None:
+    assert uses_pattern_of_gpt2(content_of(trained))
+    assert not uses_pattern_of_gpt2(content_of(like_llama3()))
+    assert not uses_pattern_of_gpt2(content_of(trained, normalizer={"type": "NFC"}))
+    assert not uses_pattern_of_gpt2(content_of(trained, added_tokens=[{"special": False}]))
 
 
-def test_a_tokenizer_that_writes_its_separator_into_text_is_refused(trained: Tokenizer, tmp_path: Path) -> None:
-    added = json.loads(trained.to_str())["added_tokens"]
-    added[0]["special"] = False
-    encoder = Encoder(load_tokenizer(changed(trained, tmp_path, added_tokens=added)), exact=False)
-    with pytest.raises(InputFailure, match="separator inside document"):
-        encode(encoder, "a <|endoftext|> b")
-
-
-def test_a_tokenizer_without_separator_is_refused(trained: Tokenizer, tmp_path: Path) -> None:
-    content = json.loads(trained.to_str())
-    del content["model"]["vocab"]["<|endoftext|>"]
-    without = load_tokenizer(changed(trained, tmp_path, model=content["model"], added_tokens=[]))
+def test_the_separator_is_a_usual_one_or_the_one_named(trained: Tokenizer) -> None:
+    assert separator_of(like_llama3()) == 0
+    assert separator_of(trained, "!") == trained.token_to_id("!")
+    with pytest.raises(InputFailure, match="no token '<none>' to end a text"):
+        separator_of(trained, "<none>")
     with pytest.raises(InputFailure, match=r"no token that ends a text; expected one of <\|endoftext\|>"):
-        Encoder(without, exact=False)
+        separator_of(Tokenizer(models.BPE({"a": 0}, [])))
+
+
+def test_a_model_folder_gives_its_tokenizer_and_what_ends_a_text(trained: Tokenizer, tmp_path: Path) -> None:
+    trained.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer_files(tmp_path / "tokenizer.json") == tokenizer_files(tmp_path) == [tmp_path / "tokenizer.json"]
+    assert end_of_text_named(tokenizer_files(tmp_path)) is None
+    for eos in ("</done>", {"content": "</done>", "special": True}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        assert end_of_text_named(tokenizer_files(tmp_path)) == "</done>"
+    for nothing in ({}, {"eos_token": None}, {"eos_token": 3}, []):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(nothing))
+        assert end_of_text_named(tokenizer_files(tmp_path)) is None
 
 
 def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"version":\n')
-    with pytest.raises(InputFailure, match=r"a\.json is not a tokenizer\.json") as failure:
-        load_tokenizer(tmp_path / "a.json")
-    assert "\n" not in str(failure.value)
+    for content in (b'{"version":\n', b"\xff", b"{}"):
+        with pytest.raises(InputFailure, match=r"a\.json is not a tokenizer\.json") as failure:
+            load_tokenizer(content, "a.json")
+        assert "\n" not in str(failure.value)
     with pytest.raises(InputFailure, match="no such file"):
-        load_tokenizer(tmp_path / "none.json")
+        tokenizer_files(tmp_path / "none.json")
+    with pytest.raises(InputFailure, match=r"holds no tokenizer\.json"):
+        tokenizer_files(tmp_path)
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputFailure, match=r"tokenizer_config\.json is not JSON"):
+        end_of_text_named(tokenizer_files(tmp_path))

@@ -14,12 +14,13 @@ def store_of(tmp_path):
     """A store of documents given as (source, tokens); every document's ids are unlike all others'."""
 
     def build(documents):
-        writer = ShardWriter(tmp_path, "valid", tmp_path, 60_000)
         next_id = 1
-        for number, (source, length) in enumerate(documents):
-            writer.add(str(number), source, 3 * length, np.arange(next_id, next_id + length))
-            next_id += length
-        return TokenStore.open([tmp_path / ref.path for ref in writer.finish()])
+        with ShardWriter(tmp_path / "valid-00000.arrow", tmp_path, 60_000) as writer:
+            for number, (source, length) in enumerate(documents):
+                writer.add(str(number), source, 3 * length, np.arange(next_id, next_id + length))
+                next_id += length
+            writer.finish()
+        return TokenStore.open([tmp_path / "valid-00000.arrow"])
 
     return build
 
