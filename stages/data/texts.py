@@ -16,7 +16,7 @@ TEXT = "text"
 
 
 def read_whole(stream: BufferedReader, path: Path) -> Records:
-    """Everything as one document. Memory: `MAX_DOCUMENT` bytes, and the text of them."""
+    """Everything as one document. Memory: `MAX_DOCUMENT` bytes, and the text, of up to four bytes a character."""
     data = bytearray(start_of_text(stream.read(streams.MARK), path))
     while piece := stream.read1(BLOCK):
         data += piece
