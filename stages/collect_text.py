@@ -20,7 +20,7 @@ from schemas.failures import InputFailure
 from schemas.files import write_bytes
 from schemas.manifest import InputRef, digest_of_json
 from stages.artifacts.stage_folder import claim_folder, drop_leftovers
-from stages.data.installation import KINDS, LONGEST, cut, excerpts, packages, text_of
+from stages.data.reading.installation import KINDS, LONGEST, cut, excerpts, packages, text_of
 
 FILES_PER_KIND = 20  # at least, where there are as many
 TOO_LITTLE = 1 / 8  # of the bytes asked for: such a kind is dropped

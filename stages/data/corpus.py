@@ -15,8 +15,8 @@ from schemas.failures import InputFailure, UsageFailure
 from schemas.manifest import InputRef
 from schemas.tokenize_text import SurveyedFile, TokenizeConfig
 from stages.data.parts import Part, part_bytes, parts_of, survey
-from stages.data.readers import Columns, Document, Rejected, guess_text_column, read_documents
-from stages.data.sources import TextFile, find_files, spool
+from stages.data.reading.readers import Columns, Document, Rejected, guess_text_column, read_documents
+from stages.data.reading.sources import TextFile, find_files, spool
 
 STDIN = ".stdin"  # folder of the run that standard input is written to, until the stage is finished
 CACHE = ".survey.json"

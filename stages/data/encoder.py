@@ -21,7 +21,7 @@ from loguru import logger
 
 from schemas.failures import InputFailure, UsageFailure
 from schemas.tokenize_text import Library
-from stages.data.readers import Document
+from stages.data.reading.readers import Document
 from stages.data.tokenizer import is_unchanged, keeps_text, load_tokenizer, separator_of, uses_pattern_of_gpt2
 
 BATCH_CHARACTERS = 1 << 20  # encoded in one call

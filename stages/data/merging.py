@@ -17,7 +17,7 @@ from schemas.failures import InputFailure
 from schemas.files import FileRef, NewFile, new_file
 from schemas.tokenize_text import SPLITS, Counts, LeftOut, Segment, Split
 from stages.data.corpus import Corpus, repetition
-from stages.data.readers import Rejected
+from stages.data.reading.readers import Rejected
 from stages.data.segments import list_skipped
 from stages.data.token_store import keep_rows
 

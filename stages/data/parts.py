@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from schemas.failures import InputFailure, IntegrityFailure
 from schemas.files import write_bytes
 from schemas.tokenize_text import Survey, SurveyedFile
-from stages.data.readers import Span
-from stages.data.sources import TextFile
+from stages.data.reading.readers import Span
+from stages.data.reading.sources import TextFile
 
 CHUNK = 1 << 20
 SMALLEST, LARGEST = 32 << 20, 256 << 20  # bytes of a part where nothing is asked for

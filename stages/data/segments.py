@@ -23,7 +23,7 @@ from schemas.tokenize_text import SPLITS, LeftOut, Segment, TokenizeConfig
 from stages.data.corpus import Corpus
 from stages.data.encoder import Encoded, Encoder
 from stages.data.parts import Part, check_unchanged
-from stages.data.readers import Rejected
+from stages.data.reading.readers import Rejected
 from stages.data.selection import Selection, split_of
 from stages.data.token_store import ShardWriter, write_table
 

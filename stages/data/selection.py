@@ -16,8 +16,8 @@ import numpy as np
 from schemas.failures import InputFailure
 from schemas.tokenize_text import Split, TokenizeConfig
 from stages.data.parts import Part
-from stages.data.readers import Columns, Document, Rejected, read_documents
-from stages.data.sources import TextFile
+from stages.data.reading.readers import Columns, Document, Rejected, read_documents
+from stages.data.reading.sources import TextFile
 
 
 def split_of(group: str, valid_fraction: float) -> Split:

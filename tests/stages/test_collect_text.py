@@ -5,7 +5,7 @@ import pytest
 
 from schemas.collect_text import CollectConfig, CollectManifest
 from stages import collect_text
-from stages.data.installation import KINDS
+from stages.data.reading.installation import KINDS
 
 SMALL = CollectConfig(bytes_per_kind=20_000)
 

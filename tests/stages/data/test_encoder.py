@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from schemas.failures import InputFailure, UsageFailure
 from stages.data import encoder as encoder_module
 from stages.data.encoder import Encoder, pieces
-from stages.data.readers import Document
+from stages.data.reading.readers import Document
 from stages.data.tokenizer import train_tokenizer
 
 TEXT = "It's a kind of magic: we'll sing 1234 times,\n\n\tand   they'd  dance.  Größe, naïve, 日本語, 😀!\r\n" * 20

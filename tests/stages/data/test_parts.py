@@ -14,8 +14,8 @@ from schemas.failures import InputFailure
 from schemas.tokenize_text import SurveyedFile
 from stages.data import parts as parts_module
 from stages.data.parts import Part, check_unchanged, is_as_surveyed, part_bytes, parts_of, survey
-from stages.data.readers import Columns, Document, read_documents
-from stages.data.sources import TextFile, find_files
+from stages.data.reading.readers import Columns, Document, read_documents
+from stages.data.reading.sources import TextFile, find_files
 
 
 def lines(folder: Path, name: str, count: int, length: int = 20) -> Path:

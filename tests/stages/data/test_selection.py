@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from schemas.failures import InputFailure
 from schemas.tokenize_text import TokenizeConfig
 from stages.data.parts import Part, Piece
-from stages.data.readers import Rejected, Span
+from stages.data.reading.readers import Rejected, Span
+from stages.data.reading.sources import find_files
 from stages.data.selection import Selection, split_of, symbol_share
-from stages.data.sources import find_files
 
 PUNCTUATED = "!!! ??? ... --- +++ === a"
 

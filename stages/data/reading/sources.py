@@ -19,7 +19,7 @@ from loguru import logger
 
 from schemas.failures import InputFailure
 from schemas.files import CHUNK, new_file
-from stages.data.streams import shown, translated
+from stages.data.reading.streams import shown, translated
 
 Kind = Literal["jsonl", "json", "csv", "tsv", "txt", "parquet", "arrow"]
 TEXT_SUFFIXES: dict[str, Kind] = {

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.failures import InputFailure
-from stages.data import streams
-from stages.data.readers import Columns, Document, Rejected, Span, guess_text_column, read_documents
-from stages.data.sources import Kind, TextFile, find_files
+from stages.data.reading import streams
+from stages.data.reading.readers import Columns, Document, Rejected, Span, guess_text_column, read_documents
+from stages.data.reading.sources import Kind, TextFile, find_files
 
 NAMED = {"text": "text {} é\r\n<|endoftext|>", "id": "n{}", "source": "web", "other": "a,b\n"}
 RECORDS = [{key: value.format(number) for key, value in NAMED.items()} for number in range(200)]
@@ -351,7 +351,7 @@ def test_failures_of_code_are_not_taken_for_the_texts(tmp_path: Path, monkeypatc
         raise ZeroDivisionError
 
     path = write(tmp_path, "a.jsonl", lines({"text": "a"}))
-    monkeypatch.setattr("stages.data.readers._name", broken)
+    monkeypatch.setattr("stages.data.reading.readers._name", broken)
     with pytest.raises(ZeroDivisionError):
         read(path)
 

@@ -9,8 +9,8 @@ import pytest
 from loguru import logger
 
 from schemas.failures import InputFailure
-from stages.data import sources
-from stages.data.sources import TextFile, find_files, spool
+from stages.data.reading import sources
+from stages.data.reading.sources import TextFile, find_files, spool
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data import records, streams
-from stages.data.records import is_json_lines, read_json, read_json_lines
+from stages.data.reading import records, streams
+from stages.data.reading.records import is_json_lines, read_json, read_json_lines
 
 NAN = float("nan")
 PATH = Path("a.json")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.data.installation import cut, text_of
+from stages.data.reading.installation import cut, text_of
 
 MODULE = '''# Copyright: everyone
 """What the module is."""

@@ -16,8 +16,8 @@ from typing import Any
 
 import orjson
 
-from stages.data import streams
-from stages.data.streams import FAULTS, lines, start_of_text
+from stages.data.reading import streams
+from stages.data.reading.streams import FAULTS, lines, start_of_text
 
 Record = dict[str, Any]
 Records = Iterator[tuple[int, Record | str]]

@@ -13,11 +13,11 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 from schemas.failures import InputFailure
-from stages.data.records import NUL_FOUND, Record, Records, is_json_lines, read_json, read_json_lines
-from stages.data.sources import TextFile
-from stages.data.streams import opened, shown
-from stages.data.tables import Fields, Select, read_arrow, read_csv, read_parquet, table_fields
-from stages.data.texts import TEXT, read_blocks, read_text_lines, read_whole
+from stages.data.reading.records import NUL_FOUND, Record, Records, is_json_lines, read_json, read_json_lines
+from stages.data.reading.sources import TextFile
+from stages.data.reading.streams import opened, shown
+from stages.data.reading.tables import Fields, Select, read_arrow, read_csv, read_parquet, table_fields
+from stages.data.reading.texts import TEXT, read_blocks, read_text_lines, read_whole
 
 TxtDocuments = Literal["file", "block", "line"]
 NO_COLUMN = "-"  # for `Columns.id`

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.failures import InputFailure
-from stages.data import streams
-from stages.data.tables import Fields, read_arrow, read_csv, read_parquet, table_fields
+from stages.data.reading import streams
+from stages.data.reading.tables import Fields, read_arrow, read_csv, read_parquet, table_fields
 
 PATH = Path("a.csv")
 CELLS = st.text(st.sampled_from('ab ",\n\r\t;é\u2028😀\x00'), max_size=8)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from stages.data import streams
-from stages.data.records import NUL_FOUND, Record, Records, not_utf8, too_long
-from stages.data.streams import BLOCK, lines, start_of_text
+from stages.data.reading import streams
+from stages.data.reading.records import NUL_FOUND, Record, Records, not_utf8, too_long
+from stages.data.reading.streams import BLOCK, lines, start_of_text
 
 TEXT = "text"
 

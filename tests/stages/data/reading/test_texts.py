@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.failures import InputFailure
-from stages.data import streams
-from stages.data.texts import read_blocks, read_text_lines, read_whole
+from stages.data.reading import streams
+from stages.data.reading.texts import read_blocks, read_text_lines, read_whole
 
 PATH = Path("a.txt")
 Reader = Callable[..., Any]

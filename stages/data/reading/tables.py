@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.failures import InputFailure
-from stages.data import streams
-from stages.data.records import Record, Records, not_utf8, too_long
-from stages.data.streams import lines, shown, start_of_text, translated
+from stages.data.reading import streams
+from stages.data.reading.records import Record, Records, not_utf8, too_long
+from stages.data.reading.streams import lines, shown, start_of_text, translated
 
 Fields = Sequence[tuple[str, str]]  # name and type of each column: "string", "integer", "null", or another's name
 Select = Callable[[Fields], list[str]]  # the columns to read; raises InputFailure for a table without them

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.failures import InputFailure
-from stages.data import streams
-from stages.data.streams import lines, opened, start_of_text
+from stages.data.reading import streams
+from stages.data.reading.streams import lines, opened, start_of_text
 
 
 def zstd(data: bytes) -> bytes:
