@@ -33,7 +33,7 @@ from stages.data.corpus import STDIN, Corpus, find_corpus
 from stages.data.encoder import Encoder
 from stages.data.merging import Merged, merge
 from stages.data.parts import Part
-from stages.data.segments import Job, encode_part, encoder_of, finished_segments
+from stages.data.segments import Job, encode_part, encoder_of, finished_segments, forget_encoder
 from stages.data.text_sample import SampleJob, join_samples, sample_part
 from stages.data.tokenizer import FILE_NAME as TOKENIZER
 from stages.data.tokenizer import end_of_text_named, tokenizer_files, train_tokenizer
@@ -156,6 +156,7 @@ def _encode(corpus: Corpus, parts: Sequence[Part], folder: Path, run_dir: Path) 
     for done, segments in enumerate(run_jobs(encode_part, jobs, _workers(corpus, len(jobs))), 1):
         found[segments[0].part] = segments
         logger.bind(task="tokenize", done=done, total=len(jobs), text="parts").debug("part {} done", segments[0].part)
+    forget_encoder()
     return [segment for part in parts for segment in found[part.number]]
 
 

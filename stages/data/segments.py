@@ -98,10 +98,19 @@ def _record(job: Job, segment: Segment) -> Segment:
     return segment
 
 
-@lru_cache(maxsize=1)
 def encoder_of(path: Path, end_of_text: str | None, config: TokenizeConfig) -> Encoder:
     """The encoder of the tokenizer at `path`; a process makes it once."""
-    return Encoder(path.read_bytes(), end_of_text, config.encoder, allow_lossy=config.allow_lossy)
+    return _encoder(path.read_bytes(), end_of_text, config)
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer_json: bytes, end_of_text: str | None, config: TokenizeConfig) -> Encoder:
+    return Encoder(tokenizer_json, end_of_text, config.encoder, allow_lossy=config.allow_lossy)
+
+
+def forget_encoder() -> None:
+    """Let go of the encoder's memory, which its caches of words make large."""
+    _encoder.cache_clear()
 
 
 def list_skipped(file: NewFile, rejected: Rejected) -> None:

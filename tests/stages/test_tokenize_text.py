@@ -558,3 +558,12 @@ def test_others_read_the_shards_as_they_are(whole: Any, tmp_path: Path) -> None:
         datasets.disable_progress_bars()
         found = datasets.load_dataset("arrow", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     assert found["tokens"][:] == expected
+
+
+def test_done_again_with_other_text_it_encodes_with_the_new_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for text in ("abab ", "xyxy "):
+        config = config_for(write(path, [{"text": text * 40} for _ in range(50)]))
+        manifest = tokenize(config, tmp_path / "run", force=True)
+        assert set(texts_of(tmp_path / "run", manifest)["train"]) == {text * 40}
+        assert manifest.metrics.bytes_per_token > 3
