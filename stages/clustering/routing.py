@@ -9,10 +9,14 @@
 - the state of a text is one un-normalised sum: `sum += token_vectors[token]`, then `cluster_weights(normalised(sum))`
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
+from schemas.cluster_documents import ClusterConfig
+from stages.clustering.assignment import Documents, Numbers, in_chunks
 from stages.clustering.features import Floats, Tokens, normalised
-from stages.clustering.kmeans import squared_distances
+from stages.clustering.kmeans import Labels, nearest, squared_distances
 
 
 def prefix_sums(tokens: Tokens, token_vectors: Floats, before: Floats | None = None) -> Floats:
@@ -46,3 +50,34 @@ def cluster_weights(vectors: Floats, centroids: Floats, temperature: float, top_
     weights /= weights.sum(-1, keepdims=True)
     known = np.any(vectors != 0, axis=-1, keepdims=True)
     return np.where(known, weights, np.float32(1 / clusters)).astype(np.float32)
+
+
+def routing_distances(vectors: Floats, centroids: Floats) -> Floats:
+    """||x - c||² [..., k] of vectors [..., d]; equal, so that the weights are, where the vector is zero.
+
+    softmax(-this / temperature) are the weights of `cluster_weights`, at any temperature.
+    """
+    known = np.any(vectors != 0, axis=-1, keepdims=True)
+    return np.where(known, squared_distances(vectors, centroids), np.float32(0))
+
+
+class RoutingFigures(NamedTuple):
+    """How documents would be routed: means of the largest weight and of exp(entropy), and the share that gets home."""
+
+    largest_weight: float
+    effective_clusters: float
+    routed_home: float
+
+
+def routing_figures(config: ClusterConfig, documents: Documents, centroids: Floats, labels: Labels) -> RoutingFigures:
+    """Of whole documents, at least one. Home is the cluster of their label."""
+
+    def compute(numbers: Numbers) -> Floats:
+        vectors = documents.token_vectors(numbers)
+        weights = cluster_weights(vectors, centroids, config.temperature)
+        entropy = -(weights * np.log(np.maximum(weights, np.finfo(np.float32).tiny))).sum(1)
+        home = nearest(vectors, centroids) == labels[numbers]
+        return np.stack([weights.max(1), np.exp(entropy), home])
+
+    found = np.concatenate(list(in_chunks(compute, documents.lengths, len(centroids), config.workers)), axis=1)
+    return RoutingFigures(*found.mean(axis=1, dtype=np.float64).tolist())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from stages.clustering.quality import balance, contrast, mutual_information, purity
+from stages.clustering.quality import balance, contrast, mutual_information, numbered, purity, stability
 
 SOURCES = ["a", "a", "a", "b", "b", "b"]
 
@@ -34,3 +34,14 @@ def test_contrast_is_the_cluster_mean_less_the_mean():
     rows = sparse.csr_matrix(np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32))
     labels = np.array([0, 0, 1, 1], np.int32)
     np.testing.assert_allclose(contrast(rows, labels, 3), [[0.5, -0.5], [-0.5, 0.5], [-0.5, -0.5]])
+
+
+def test_stability_is_the_mean_rand_index_of_all_pairs():
+    same, other = np.array([0, 0, 1, 1], np.int32), np.array([1, 1, 0, 0], np.int32)
+    crossed = np.array([0, 1, 0, 1], np.int32)
+    assert stability([same, other]) == 1
+    assert stability([same, other, crossed]) == pytest.approx((1 - 0.5 - 0.5) / 3)  # -0.5: as unlike as four can be
+
+
+def test_names_are_numbered_as_they_come():
+    assert numbered(["b", "a", "b", "c"]).tolist() == [0, 1, 0, 2]
