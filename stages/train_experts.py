@@ -4,6 +4,8 @@
   1/k of the batch each (Gururangan et al. 2023); with 1/k of the steps instead, they lose to the dense model
 - the dense baseline is a member like any other: the same seed, steps and schedule, all documents, the whole batch
 - every member is a finished stage of its own, so members can be trained by different jobs and only missing ones are
+- where `cpipe cluster` wrote token shards for each cluster, an expert reads its own and no others, so it can be trained
+  on a machine that has only them, and ends with the same weights
 """
 
 from collections.abc import Iterator
@@ -70,8 +72,7 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
         # The manifest of all members says that each is finished: from here on one is not.
         (run_dir / ExpertsManifest.folder / FILE_NAME).unlink(missing_ok=True)
         training = config.training
-        documents = _documents(config.cluster, run_dir, clusters)
-        store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])
+        store, documents = _documents(config.cluster, run_dir, tokens, clusters)
         rows = Rows(store, tokens.metrics.end_of_text, training.sequence_length, documents)
         decoder = _from_seed(run_dir, seed)
         metrics = train(
@@ -97,12 +98,20 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
         )
 
 
-def _documents(cluster: int | None, run_dir: Path, clusters: ClusterManifest) -> np.ndarray | None:
-    """Numbers of the documents in `cluster`; None for all."""
+def _documents(
+    cluster: int | None, run_dir: Path, tokens: TokenizeManifest, clusters: ClusterManifest
+) -> tuple[TokenStore, np.ndarray | None]:
+    """A store and the numbers in it of the documents of `cluster`, those it shares among them; None for all.
+
+    The shards of the cluster, where it has its own, hold the same documents in the same order as the whole store.
+    """
+    if cluster is not None and (own := clusters.shards(cluster, "train")):
+        return TokenStore.open([ref.check(run_dir) for ref in own]), None
+    store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])
     if cluster is None:
-        return None
+        return store, None
     table = read_table(clusters.output("assignments-train.arrow").check(run_dir))
-    return np.flatnonzero(np.asarray(table["cluster"]) == cluster)
+    return store, np.flatnonzero((table["cluster"] == cluster) | (table["second"] == cluster))
 
 
 def _from_seed(run_dir: Path, seed: SeedManifest) -> Decoder:

@@ -195,3 +195,50 @@ def test_a_lost_member_is_trained_again(expert_run, copied_run, config, calls):
     train_experts.run(config, run_dir)
     assert list(calls) == ["experts/001"]
     assert ExpertManifest.read(run_dir, "experts/001").outputs == ExpertManifest.read(expert_run, "experts/001").outputs
+
+
+def clustered_anew(run_dir, **settings):
+    """`run_dir` with other clusters; the seed is not made from them."""
+    from schemas.cluster_documents import ClusterConfig
+    from stages import cluster_documents
+
+    return cluster_documents.run(ClusterConfig(clusters=3, dimensions=8, **settings), run_dir, force=True)
+
+
+def test_a_document_near_a_border_is_seen_by_two_experts(seeded_run, copied_run, config, calls):
+    run_dir = copied_run(seeded_run)
+    clusters = clustered_anew(run_dir, overlap=0.3)
+    train_experts.run(config, run_dir)
+    counts = [cluster.documents + cluster.shared_documents for cluster in clusters.metrics.clusters]
+    found = [ExpertManifest.read(run_dir, folder).metrics.documents for folder in FOLDERS]
+    total = sum(cluster.documents for cluster in clusters.metrics.clusters)
+    assert found == [*counts, total]
+    assert sum(counts) == total + round(0.3 * total)
+
+
+def test_an_expert_of_materialised_shards_has_the_weights_of_one_by_the_index(seeded_run, tmp_path, config):
+    weights = {}
+    for kind in ("index", "shards"):
+        run_dir = shutil.copytree(seeded_run, tmp_path / kind)
+        clustered_anew(run_dir, overlap=0.2, materialise=kind == "shards")
+        train_experts.run(config, run_dir)
+        weights[kind] = {
+            folder: (member.output("model.safetensors").digest, member.metrics)
+            for folder, member in members(run_dir).items()
+        }
+    assert weights["index"] == weights["shards"]
+
+
+def test_an_expert_needs_no_shards_but_its_own(seeded_run, copied_run, config):
+    run_dir = copied_run(seeded_run)
+    clustered_anew(run_dir, materialise=True)
+    one = config.model_copy(update={"expert": "1"})
+    whole = train_experts.run(one, run_dir)
+    shutil.rmtree(run_dir / "experts")
+    for path in [*run_dir.glob("tokens/*.arrow"), *run_dir.glob("clusters/*.*")]:
+        if path.name != "manifest.json":
+            path.unlink()
+    shutil.rmtree(run_dir / "clusters/000")
+    assert train_experts.run(one, run_dir).content_digest() == whole.content_digest()
+    with pytest.raises(IntegrityFailure, match=r"clusters/000/train-00000.arrow is missing"):
+        train_experts.run(config.model_copy(update={"expert": "0"}), run_dir)
