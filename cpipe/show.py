@@ -31,7 +31,11 @@ def show_manifest(manifest: Manifest, run_dir: Path, *, as_json: bool) -> None:
     if manifest.command == "evaluate":
         show_evaluation(manifest, run_dir)
         return
-    OUT.print(Text(manifest.command, "bold") + f" finished in {run_dir}: {len(manifest.outputs)} files", soft_wrap=True)
+    folders = sorted({ref.path.split("/")[0] for ref in manifest.outputs})
+    place = f" in {', '.join(folders)}" if folders else ""
+    OUT.print(
+        Text(manifest.command, "bold") + f" finished in {run_dir}: {len(manifest.outputs)} files{place}", soft_wrap=True
+    )
     scalars = Table(box=None, show_header=False)
     for name, value in _flat(manifest.metrics):
         if isinstance(value, tuple) and value and isinstance(value[0], Strict):
@@ -56,6 +60,11 @@ def show_evaluation(manifest: Manifest, run_dir: Path) -> None:
     OUT.print(table)
     if metrics["usage"]:
         show_rows("bits per byte lost without a part", metrics["usage"])
+    if fitted := metrics["fitted"]:
+        OUT.print(
+            f"fitted on {fitted.tokens:,} tokens of {fitted.documents:,} other documents: temperature "
+            f"{fitted.temperature:.4g}, forgetting {fitted.forgetting:.4g}"
+        )
     OUT.print(f"largest change of a prediction when only the true prefix is given: {metrics['prefix_gap']:.1e} nats")
     for ref in manifest.outputs:
         OUT.print(str(run_dir / ref.path), soft_wrap=True, highlight=False)

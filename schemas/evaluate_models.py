@@ -19,6 +19,10 @@ class EvaluateConfig(Config):
     forgetting: float = Field(
         0.9, gt=0, le=1, description="Factor per token by which the forgetting Bayes posterior trusts older evidence."
     )
+    fit_temperature: bool = Field(
+        False, description="Fit cBTM's temperature and the forgetting factor on held-out documents that are not scored."
+    )
+    fit_tokens: int = Field(20_000, gt=0, description="Tokens, at most, of the documents they are fitted on.")
     score_batch_size: int = runtime_setting(16, "Windows scored at a time.", gt=0)
 
 
@@ -47,11 +51,23 @@ class UsageRow(Strict):
     difference: float = Field(description="Bits per byte without it minus with it; positive when it is of use.")
 
 
+class FittedRouting(Strict):
+    """How sharply to choose among experts, fitted on held-out documents that are not scored."""
+
+    temperature: float = Field(gt=0, description="cBTM's temperature.")
+    forgetting: float = Field(gt=0, le=1, description="The posterior's factor per token for older evidence.")
+    documents: int = Field(ge=1, description="Documents fitted on.")
+    tokens: int = Field(ge=1, description="Tokens fitted on.")
+    gain: float = Field(description="Nats per token that the fitted temperature saves there, over the given one.")
+    forgetting_gain: float = Field(description="Nats per token that the fitted factor saves there.")
+
+
 class EvaluateMetrics(Strict):
     """The table and what it was measured on."""
 
     rows: tuple[ModelRow, ...] = Field(description="The table, best first.")
     usage: tuple[UsageRow, ...] = Field(description="What each part of a central model contributes.")
+    fitted: FittedRouting | None = Field(description="What was fitted, with fit-temperature; its rows say `fitted`.")
     prefix_gap: float = Field(
         ge=0, description="Largest change of a log-probability when the model is given the true prefix only, nats."
     )

@@ -5,11 +5,11 @@
 - each row says what it cost: training of everything it is made of, and inference per token, a model that joins late
   catching up on what it has missed
 - "oracle" picks each document's best expert in hindsight: a bound, not a method
+- "fitted" rows choose among experts as sharply as is best on other held-out documents, which no row is scored on
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,23 +19,24 @@ from loguru import logger
 from torch import Tensor
 
 from schemas.cluster_documents import ClusterManifest
-from schemas.evaluate_models import EvaluateConfig, EvaluateManifest, EvaluateMetrics, ModelRow, UsageRow
+from schemas.evaluate_models import EvaluateConfig, EvaluateManifest, EvaluateMetrics, FittedRouting, ModelRow, UsageRow
 from schemas.files import write_bytes
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_gates import GateMode
-from stages.artifacts.model_folder import device, read_tensors
-from stages.artifacts.run_models import RunModels, expert_folder
+from stages.artifacts.model_folder import device
+from stages.artifacts.run_models import RunModels, expert_folder, routing_tensors
 from stages.artifacts.stage_folder import claim_folder
-from stages.clustering.routing import cluster_weights, prefix_vectors
+from stages.clustering.routing import Router
 from stages.data.token_store import TokenStore, read_table
 from stages.data.windows import Windows, choose_documents
 from stages.nn.central import CentralModel
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder, token_log_probs
-from stages.nn.flops import BACKWARD_AND_FORWARD, forward_flops
+from stages.nn.flops import BACKWARD_AND_FORWARD, DecoderCosts, forward_flops
 from stages.nn.gates import ExpertGates
 from stages.nn.leaks import gap_to_prefix
 from stages.nn.mixture import mean_models_run, mixed_log_probs, oracle_log_weights, posterior_log_weights
+from stages.nn.mixture_fit import fit_routing
 from stages.reporting.scores import ScoreTable
 from stages.reporting.table import as_json, markdown, plot
 
@@ -53,6 +54,7 @@ def run(config: EvaluateConfig, run_dir: Path, *, force: bool = False) -> Evalua
             return claim.finished
         evaluation = Evaluation(config, run_dir, tokens, clusters, models)
         evaluation.add_single_models()
+        evaluation.fit_routing()
         evaluation.add_ensembles()
         evaluation.add_gates()
         evaluation.add_central_models()
@@ -60,7 +62,7 @@ def run(config: EvaluateConfig, run_dir: Path, *, force: bool = False) -> Evalua
         usage = tuple(evaluation.usage)
         outputs = [
             write_bytes(claim.path / "table.json", as_json(rows, usage), run_dir),
-            write_bytes(claim.path / "table.md", markdown(rows, usage).encode(), run_dir),
+            write_bytes(claim.path / "table.md", markdown(rows, usage, evaluation.fitted).encode(), run_dir),
             write_bytes(claim.path / "bits_per_byte.png", plot(rows), run_dir),
         ]
         return claim.finish(outputs, evaluation.metrics(rows, usage))
@@ -78,16 +80,17 @@ class Evaluation:
         models: RunModels,
     ) -> None:
         self.config = config
-        self.run_dir = run_dir
-        self.clusters = clusters
         self.models = models
-        store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("valid")])
+        self.router = Router(*routing_tensors(run_dir, clusters), clusters.config.temperature)
         self.shape = models.decoder("seed")[0]
         length = self.shape.max_position_embeddings
+        store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("valid")])
         documents = choose_documents(store, config.tokens)
-        self.windows = Windows(store, documents, tokens.metrics.end_of_text, length)
         few = choose_documents(store, min(config.tokens, config.usage_tokens))
-        self.usage_windows = Windows(store, few, tokens.metrics.end_of_text, length)
+        others = choose_documents(store, config.fit_tokens, documents) if config.fit_temperature else []
+        self.windows, self.usage_windows, self.fit_windows = (
+            Windows(store, chosen, tokens.metrics.end_of_text, length) for chosen in (documents, few, others)
+        )
         assigned = np.asarray(read_table(clusters.output("assignments-valid.arrow").check(run_dir))["cluster"])
         self.table = ScoreTable(
             [store.sources[document] for document in documents],
@@ -96,25 +99,17 @@ class Evaluation:
             self.windows.starts,
         )
         self.usage: list[UsageRow] = []
+        self.fitted: FittedRouting | None = None
         self.prefix_gap = 0.0
-        self._count_cost(length)
-
-    def _count_cost(self, length: int) -> None:
-        """Parameters and FLOPs of one decoder, and the training FLOPs of seed and experts."""
-        models = self.models
-        decoder = Decoder.from_weights(*models.decoder("seed"))
         self.parameters = models.seed.metrics.parameters
-        self.forward_flops = forward_flops(decoder, length)
-        self.gate_flops = 0.0
-        if models.gates:
-            layer = models.gates.metrics.layer
-            self.gate_flops = forward_flops(lambda ids: decoder.hidden_states(ids, depth=layer), length)
-        train = BACKWARD_AND_FORWARD * self.forward_flops
-        self.seed_training = train * models.seed.metrics.training.tokens
-        self.experts_training = self.seed_training + train * sum(e.metrics.training.tokens for e in models.experts)
-        self.dense_training = self.seed_training
-        if models.dense:
-            self.dense_training += train * models.dense.metrics.training.tokens
+        self.costs = DecoderCosts(
+            Decoder.from_weights(*models.decoder("seed")),
+            length,
+            models.gates.metrics.layer if models.gates else None,
+            models.seed.metrics.training.tokens,
+            sum(expert.metrics.training.tokens for expert in models.experts),
+            models.dense.metrics.training.tokens if models.dense else 0,
+        )
 
     def score(self, forward: Forward, label: str, windows: Windows | None = None) -> Tensor:
         """Log-probability [N], in nats, that `forward` gives to every token of `windows` (all that are scored)."""
@@ -131,21 +126,35 @@ class Evaluation:
 
     def add_single_models(self) -> None:
         """Seed, dense, the weight average and the best expert; keeps the experts' scores for what follows."""
-        size, flops = self.parameters, self.forward_flops
+        size, flops = self.parameters, self.costs.forward
         folders = [expert_folder(number) for number in range(len(self.models.experts))]
         self.seed_scores = self.score(self._decoder("seed"), "seed")
-        self.expert_scores = torch.stack([self.score(self._decoder(folder), folder) for folder in folders], -1)
-        self.table.add("seed", "single", self.seed_scores, size, size, self.seed_training, flops)
+        self.expert_scores = self._score_experts(self.windows)
+        self.table.add("seed", "single", self.seed_scores, size, size, self.costs.seed, flops)
         if self.models.dense:
             scores = self.score(self._decoder("dense"), "dense")
-            self.table.add("dense", "single", scores, size, size, self.dense_training, flops)
+            self.table.add("dense", "single", scores, size, size, self.costs.dense, flops)
         weights = [self.models.decoder(folder)[1] for folder in folders]
         mean = {name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]}
         average = self.score(Decoder.from_weights(self.shape, mean).to(device()), "weight average")
-        self.table.add("weight average", "single", average, size, size, self.experts_training, flops)
+        self.table.add("weight average", "single", average, size, size, self.costs.experts, flops)
         best = int(self.expert_scores.sum(0).argmax())
         name = f"best single expert ({best:03d})"
-        self.table.add(name, "single", self.expert_scores[:, best], size, size, self.experts_training, flops)
+        self.table.add(name, "single", self.expert_scores[:, best], size, size, self.costs.experts, flops)
+
+    def _score_experts(self, windows: Windows) -> Tensor:
+        """Log-probabilities [N, experts] of every token of the windows."""
+        folders = map(expert_folder, range(len(self.models.experts)))
+        return torch.stack([self.score(self._decoder(folder), folder, windows) for folder in folders], -1)
+
+    def fit_routing(self) -> None:
+        """Fit what cBTM and the forgetting posterior choose by, on held-out documents that are not scored."""
+        windows = self.fit_windows
+        if windows.tokens:
+            distances = torch.from_numpy(self.router.distances(windows.texts()))
+            documents = windows.split(self._score_experts(windows))
+            self.fitted = fit_routing(distances, documents, self.router.temperature, self.config.forgetting)
+            logger.info("temperature {:.4g}, forgetting {:.4g}", self.fitted.temperature, self.fitted.forgetting)
 
     def _add_mixture(self, name: str, group: str, log_weight_NX: Tensor, training: float | None = None) -> None:
         """A row that mixes models with these weights, at the cost of those it asks.
@@ -157,47 +166,38 @@ class Evaluation:
         gated = log_weight_NX.shape[1] > count
         scores = torch.cat([self.seed_scores[:, None], self.expert_scores], -1) if gated else self.expert_scores
         asked = (log_weight_NX > -torch.inf).numpy()
-        flops = mean_models_run(asked[:, -count:], self.windows.window_starts()) * self.forward_flops
+        flops = mean_models_run(asked[:, -count:], self.windows.window_starts()) * self.costs.forward
         if gated:
-            flops += self.forward_flops if asked[:, 0].any() else self.gate_flops
+            flops += self.costs.forward if asked[:, 0].any() else self.costs.gates
         stored = asked.shape[1] * self.parameters
         active = round(float(asked.sum(-1).mean()) * self.parameters)
         mixed = mixed_log_probs(log_weight_NX, scores)
-        self.table.add(name, group, mixed, stored, active, training or self.experts_training, flops)
-
-    def _spans(self) -> Iterator[slice]:
-        """Where each document's tokens lie."""
-        return itertools.starmap(slice, itertools.pairwise(self.windows.starts.tolist()))
+        self.table.add(name, group, mixed, stored, active, training or self.costs.experts, flops)
 
     def add_ensembles(self) -> None:
-        """Oracle, uniform, cBTM by distance to the centroids, and the two posteriors."""
-        scores = self.expert_scores
-        by_document = [scores[span] for span in self._spans()]
-        oracle = torch.cat([oracle_log_weights(each) for each in by_document])
+        """Oracle, uniform, cBTM by distance to the centroids, and the posteriors."""
+        oracle = torch.cat([oracle_log_weights(each) for each in self.windows.split(self.expert_scores)])
         self._add_mixture("oracle expert per document", "ensemble", oracle)
-        self._add_mixture("uniform ensemble", "ensemble", torch.zeros_like(scores).log_softmax(-1))
+        self._add_mixture("uniform ensemble", "ensemble", torch.zeros_like(self.expert_scores).log_softmax(-1))
+        self._add_posterior("Bayes posterior", 1.0)
+        self._add_routed("", self.router.temperature, self.config.forgetting)
+        if self.fitted:
+            self._add_routed(" fitted", self.fitted.temperature, self.fitted.forgetting)
+
+    def _add_routed(self, mark: str, temperature: float, forgetting: float) -> None:
         for top_k in self._counts():
-            self._add_mixture(f"cBTM {_top(top_k)}", "ensemble", self._cluster_weights(top_k))
-        for name, forgetting in (("Bayes posterior", 1.0), ("forgetting posterior", self.config.forgetting)):
-            posterior = torch.cat([posterior_log_weights(each, forgetting) for each in by_document])
-            self._add_mixture(name, "ensemble", posterior)
+            weights = self.router.weights(self.windows.texts(), top_k, temperature)
+            self._add_mixture(f"cBTM {_top(top_k)}{mark}", "ensemble", torch.from_numpy(weights).log())
+        self._add_posterior(f"forgetting posterior{mark}", forgetting)
+
+    def _add_posterior(self, name: str, forgetting: float) -> None:
+        documents = self.windows.split(self.expert_scores)
+        weights = torch.cat([posterior_log_weights(each, forgetting) for each in documents])
+        self._add_mixture(name, "ensemble", weights)
 
     def _counts(self) -> list[int | None]:
         """The numbers of experts to mix; None stands for all."""
         return [*(count for count in self.config.top_k if count < len(self.models.experts)), None]
-
-    def _cluster_weights(self, top_k: int | None) -> Tensor:
-        """cBTM's log-weights [N, experts], each from the document's tokens before."""
-        clusters = self.clusters
-        tensors = {
-            name: read_tensors(clusters.output(f"{file}.safetensors").check(self.run_dir))[name].numpy()
-            for file, name in (("vectorizer", "token_vectors"), ("centroids", "centroids"))
-        }
-        found = []
-        for number in range(len(self.windows.documents)):
-            prefix = prefix_vectors(self.windows.document_tokens(number), tensors["token_vectors"])
-            found.append(cluster_weights(prefix, tensors["centroids"], clusters.config.temperature, top_k))
-        return torch.from_numpy(np.concatenate(found)).log()
 
     def add_gates(self) -> None:
         """PHATGOOSE at the input of each expert: every mode the run has, for every number of experts."""
@@ -207,7 +207,7 @@ class Evaluation:
         tensors = self.models.gate_tensors()
         seed = self._decoder("seed")
         for mode in gates.config.modes:
-            training = self.experts_training + self._gate_training(mode)
+            training = self.costs.experts + self._gate_training(mode)
             reader = ExpertGates.from_tensors(tensors, gates.metrics.layer, mode).to(device())
             for top_k in self._counts():
                 weights = self._gate_weights(seed, reader, top_k)
@@ -217,7 +217,7 @@ class Evaluation:
         """FLOPs of training the gates: forward passes of the seed and of the experts each run consults."""
         runs = self.models.gates.metrics.runs if self.models.gates else ()
         models_run = 1 + (len(self.models.experts) if mode == "joint" else 1)
-        return models_run * self.forward_flops * sum(run.training.tokens for run in runs if run.mode == mode)
+        return models_run * self.costs.forward * sum(run.training.tokens for run in runs if run.mode == mode)
 
     def _gate_weights(self, seed: Decoder, gates: ExpertGates, top_k: int | None) -> Tensor:
         def weights(ids_BT: Tensor, _: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class Evaluation:
             central.to(device())
             tokens = self.models.central.metrics.training.tokens
             central_training = BACKWARD_AND_FORWARD * flops * tokens
-            begun = self.seed_training if shape.start_from_seed else 0.0
+            begun = self.costs.seed if shape.start_from_seed else 0.0
             size = self.models.central.metrics.parameters
             scores = self.score(lambda ids: central(ids).logits_BTV, "central alone")
             self.table.add("central alone", "central", scores, size, size, central_training + begun, flops)
@@ -256,7 +256,7 @@ class Evaluation:
         if manifest.config.gates != "none":
             training += self._gate_training(manifest.config.gates)
         copies = manifest.config.experts == "seed-copies"
-        training += self.seed_training if copies else self.experts_training
+        training += self.costs.seed if copies else self.costs.experts
         size = manifest.metrics.parameters + len(self.models.experts) * self.parameters
         label = f"composed {manifest.config.bridges.bridge}" + (" of seed copies" if copies else "")
         label += "" if name in ("central", f"central-{manifest.config.bridges.bridge}") else f" ({name})"
@@ -279,6 +279,7 @@ class Evaluation:
         return EvaluateMetrics(
             rows=rows,
             usage=usage,
+            fitted=self.fitted,
             prefix_gap=self.prefix_gap,
             documents=len(self.windows.documents),
             tokens=self.windows.tokens,

@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from schemas.cluster_documents import ClusterManifest
 from schemas.compose_model import BridgeConfig, CentralAloneManifest, CentralConfig, ComposeManifest
 from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
@@ -129,6 +131,13 @@ class RunModels:
             "seed": self.decoder("seed"),
             "gate": gate,
         }
+
+
+def routing_tensors(run_dir: Path, clusters: ClusterManifest) -> tuple[np.ndarray, np.ndarray]:
+    """Token vectors [vocabulary, d] and centroids [k, d] that tell which experts a text is for."""
+    token_vectors = read_tensors(clusters.output("vectorizer.safetensors").check(run_dir))["token_vectors"]
+    centroids = read_tensors(clusters.output("centroids.safetensors").check(run_dir))["centroids"]
+    return token_vectors.numpy(), centroids.numpy()
 
 
 def expert_folder(number: int) -> str:

@@ -9,6 +9,8 @@
 - the state of a text is one un-normalised sum: `sum += token_vectors[token]`, then `cluster_weights(normalised(sum))`
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -52,11 +54,28 @@ def cluster_weights(vectors: Floats, centroids: Floats, temperature: float, top_
     return np.where(known, weights, np.float32(1 / clusters)).astype(np.float32)
 
 
-def routing_distances(vectors: Floats, centroids: Floats) -> Floats:
-    """||x - c||² [..., k] of vectors [..., d]; equal, so that the weights are, where the vector is zero.
+@dataclass(frozen=True)
+class Router:
+    """What routes texts: a vector per token, a centroid per cluster, and how sharply to choose."""
 
-    softmax(-this / temperature) are the weights of `cluster_weights`, at any temperature.
-    """
+    token_vectors: Floats
+    centroids: Floats
+    temperature: float
+
+    def weights(self, documents: Iterable[Tokens], top_k: int | None, temperature: float | None = None) -> Floats:
+        """Weights [N, k] of all tokens of the documents, each from the tokens of its document before it."""
+        chosen = self.temperature if temperature is None else temperature
+        found = (prefix_vectors(tokens, self.token_vectors) for tokens in documents)
+        return np.concatenate([cluster_weights(vectors, self.centroids, chosen, top_k) for vectors in found])
+
+    def distances(self, documents: Iterable[Tokens]) -> Floats:
+        """Squared distances [N, k] of which softmax(-distance / temperature) are the weights, for any temperature."""
+        found = (prefix_vectors(tokens, self.token_vectors) for tokens in documents)
+        return np.concatenate([_distances_if_known(vectors, self.centroids) for vectors in found])
+
+
+def _distances_if_known(vectors: Floats, centroids: Floats) -> Floats:
+    """All the same where the vector is zero, for the weights are."""
     known = np.any(vectors != 0, axis=-1, keepdims=True)
     return np.where(known, squared_distances(vectors, centroids), np.float32(0))
 

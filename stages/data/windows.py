@@ -44,6 +44,14 @@ class Windows:
         """The ids of the number-th of these documents."""
         return self._store.tokens(int(self.documents[number]))
 
+    def texts(self) -> Iterator[np.ndarray]:
+        """The ids of each document."""
+        return map(self.document_tokens, range(len(self.documents)))
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Values of all tokens [N, …] by document."""
+        return list(values.split(self.lengths.tolist()))
+
     def window_starts(self) -> np.ndarray:
         """Flat numbers of the tokens with which a window begins."""
         ends = self.starts[1:]
@@ -95,14 +103,17 @@ class Windows:
         return WindowBatch(torch.from_numpy(ids), torch.from_numpy(targets), real, np.concatenate(place))
 
 
-def choose_documents(store: TokenStore, tokens: int) -> list[int]:
+def choose_documents(store: TokenStore, tokens: int, excluded: Sequence[int] = ()) -> list[int]:
     """Whole documents of at most `tokens` tokens together, every source getting the same share where it has so much.
 
-    In the order of the store within each source, which tokenize leaves unrelated to the split. Raises UsageFailure when
-    not a single document fits.
+    In the order of the store within each source, which tokenize leaves unrelated to the split; those `excluded` stay
+    out. Raises UsageFailure when not a single document fits.
     """
-    sources = np.asarray(store.sources)
-    names = sorted(set(store.sources))
+    sources = np.asarray(store.sources, dtype=object)
+    sources[list(excluded)] = None
+    names = sorted(set(sources) - {None})
+    if not names:
+        raise UsageFailure(f"all {len(store)} held-out documents are taken already: give fewer with --tokens")
     chosen: list[int] = []
     budget = tokens
     by_size = sorted(names, key=lambda name: int(store.lengths[sources == name].sum()))
@@ -116,6 +127,6 @@ def choose_documents(store: TokenStore, tokens: int) -> list[int]:
     if not chosen:
         raise UsageFailure(
             f"{tokens} tokens hold no whole held-out document (the shortest has {store.lengths.min()}, and sources "
-            "share the tokens): give more with --tokens or --usage-tokens"
+            "share the tokens): give more with --tokens, --usage-tokens or --fit-tokens"
         )
     return sorted(chosen)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from stages.nn.decoder import Decoder
+
 BACKWARD_AND_FORWARD = 3
 
 
@@ -22,3 +24,18 @@ def forward_flops(forward: Callable[[Tensor], Any], length: int) -> float:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(ids)
     return counter.get_total_flops() / length
+
+
+class DecoderCosts:
+    """FLOPs of a run's decoders, which are all of one shape: per token, and of training everything they are made of."""
+
+    def __init__(
+        self, decoder: Decoder, length: int, gate_layer: int | None, seed: int, experts: int, dense: int
+    ) -> None:
+        """`seed`, `experts` (all together), `dense`: tokens they were trained on; the latter two from the seed on."""
+        self.forward = forward_flops(decoder, length)
+        self.gates = 0.0  # of the seed, read up to the layer the gates look at
+        if gate_layer is not None:
+            self.gates = forward_flops(lambda ids: decoder.hidden_states(ids, depth=gate_layer), length)
+        token = BACKWARD_AND_FORWARD * self.forward
+        self.seed, self.experts, self.dense = token * seed, token * (seed + experts), token * (seed + dense)

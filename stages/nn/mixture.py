@@ -5,6 +5,7 @@ Shape letters: N tokens in the order of the text, X models.
 
 import numpy as np
 import torch
+from scipy.signal import lfilter
 from torch import Tensor
 
 
@@ -19,13 +20,9 @@ def posterior_log_weights(log_prob_NX: Tensor, forgetting: float = 1.0) -> Tenso
     `forgetting` 1 is Bayes' rule (Li et al. 2022, section 2.3); below 1 evidence fades by that factor per token, so
     that the posterior can follow a text that changes its domain.
     """
-    evidence_NX = torch.zeros_like(log_prob_NX)
-    if forgetting == 1.0:
-        evidence_NX[1:] = log_prob_NX[:-1].cumsum(0)
-    else:
-        for position in range(1, len(log_prob_NX)):
-            evidence_NX[position] = forgetting * (evidence_NX[position - 1] + log_prob_NX[position - 1])
-    return evidence_NX.log_softmax(-1)
+    # e[0] = 0, e[t] = forgetting * (e[t-1] + log_prob[t-1]): a filter of first order, in float64.
+    evidence_NX = lfilter([0.0, forgetting], [1.0, -forgetting], log_prob_NX.double().numpy(), axis=0)
+    return torch.from_numpy(evidence_NX).log_softmax(-1).to(log_prob_NX.dtype)
 
 
 def oracle_log_weights(log_prob_NX: Tensor) -> Tensor:

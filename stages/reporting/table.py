@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 
-from schemas.evaluate_models import ModelRow, UsageRow
+from schemas.evaluate_models import FittedRouting, ModelRow, UsageRow
 
 COLORS = {
     "single": "#4c78a8",
@@ -22,8 +22,8 @@ def as_json(rows: Sequence[ModelRow], usage: Sequence[UsageRow]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def markdown(rows: Sequence[ModelRow], usage: Sequence[UsageRow]) -> str:
-    """The table, best row first, and what the parts of the central models contribute."""
+def markdown(rows: Sequence[ModelRow], usage: Sequence[UsageRow], fitted: FittedRouting | None = None) -> str:
+    """The table, best row first, what was fitted for it, and what the parts of the central models contribute."""
     lines = [
         "| model | bits/byte | against dense | macro | perplexity | parameters | active | training FLOPs "
         "| FLOPs/token |",
@@ -36,6 +36,12 @@ def markdown(rows: Sequence[ModelRow], usage: Sequence[UsageRow]) -> str:
             f"{row.perplexity:.2f} | {row.parameters / 1e6:.2f} M | {row.active_parameters / 1e6:.2f} M | "
             f"{row.training_flops:.2e} | {row.inference_flops / 1e6:.1f} M |"
         )
+    if fitted:
+        lines += [
+            "",
+            f"Fitted on {fitted.tokens:,} held-out tokens of {fitted.documents:,} documents that are not scored: "
+            f"temperature {fitted.temperature:.4g}, forgetting {fitted.forgetting:.4g}.",
+        ]
     if usage:
         lines += ["", "| model | without | bits/byte lost |", "|---|---|--:|"]
         lines += [f"| {row.model} | {row.part} | {row.difference:+.4f} |" for row in usage]

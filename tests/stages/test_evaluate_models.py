@@ -260,3 +260,68 @@ def test_fewer_tokens_than_any_document_are_refused(expert_run, copied_run, eval
     with pytest.raises(UsageFailure, match="3 tokens hold no whole held-out document") as refused:
         evaluate_models.run(evaluation.model_copy(update={setting: 3}), copied_run(expert_run))
     assert "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def fitted_run(expert_run, tmp_path_factory, evaluation):
+    """An evaluation that fits the routing, of a run with nothing but experts, and the documents it fitted on."""
+    run_dir = shutil.copytree(expert_run, tmp_path_factory.mktemp("runs") / "fitted")
+    config = evaluation.model_copy(update={"tokens": 600, "fit_temperature": True, "fit_tokens": 500})
+    given, real = {}, evaluate_models.Windows
+
+    class Recorded(real):
+        def __init__(self, store, documents, *rest):
+            super().__init__(store, documents, *rest)
+            given[len(given)] = sorted(documents)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_models, "Windows", Recorded)
+        metrics = evaluate_models.run(config, run_dir).metrics
+    return run_dir, config, metrics, given[0], given[2]
+
+
+def test_routing_is_fitted_on_held_out_documents_that_are_not_scored(fitted_run):
+    _, _, metrics, scored, fitted_on = fitted_run
+    assert scored and fitted_on
+    assert not set(scored) & set(fitted_on)
+    assert (len(scored), len(fitted_on)) == (metrics.documents, metrics.fitted.documents)
+    assert metrics.fitted.tokens <= 500
+
+
+def test_the_text_that_is_scored_does_not_change_what_is_fitted(fitted_run, tmp_path, monkeypatch):
+    run_dir, config, metrics, scored, _ = fitted_run
+    real = TokenStore.tokens
+
+    def other_text(store, document):
+        tokens = real(store, document)
+        return tokens[::-1] if document in scored else tokens
+
+    monkeypatch.setattr(TokenStore, "tokens", other_text)
+    again = evaluate_models.run(config, shutil.copytree(run_dir, tmp_path / "run"), force=True).metrics
+    assert again.fitted == metrics.fitted
+    assert {row.model: row.bits_per_byte for row in again.rows} != {
+        row.model: row.bits_per_byte for row in metrics.rows
+    }
+
+
+def test_fitted_rows_stand_beside_those_with_what_was_given(fitted_run, expert_run, copied_run):
+    run_dir, config, metrics, _, _ = fitted_run
+    fixed = evaluate_models.run(config.model_copy(update={"fit_temperature": False}), copied_run(expert_run)).metrics
+    before = {row.model: row for row in fixed.rows}
+    rows = {row.model: row for row in metrics.rows}
+    names = {"cBTM top-1", "cBTM top-2", "cBTM all", "forgetting posterior"}
+    assert set(rows) - set(before) == {f"{name} fitted" for name in names}
+    assert all(rows[name] == row for name, row in before.items())
+    assert fixed.fitted is None
+    # whichever expert is nearest is so at any temperature
+    assert rows["cBTM top-1 fitted"].bits_per_byte == rows["cBTM top-1"].bits_per_byte
+    assert metrics.fitted.gain >= 0 and metrics.fitted.forgetting_gain >= 0
+    assert rows["cBTM all fitted"].bits_per_byte != rows["cBTM all"].bits_per_byte
+    text = (run_dir / "reports/table.md").read_text()
+    assert f"temperature {metrics.fitted.temperature:.4g}, forgetting {metrics.fitted.forgetting:.4g}" in text
+
+
+def test_no_text_left_to_fit_on_is_one_line(expert_run, copied_run, evaluation):
+    everything = evaluation.model_copy(update={"tokens": 10**6, "fit_temperature": True})
+    with pytest.raises(UsageFailure, match=r"all \d+ held-out documents are taken already: give fewer with --tokens"):
+        evaluate_models.run(everything, copied_run(expert_run))

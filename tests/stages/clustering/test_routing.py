@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stages.clustering.features import document_vectors, normalised
-from stages.clustering.routing import cluster_weights, prefix_sums, prefix_vectors
+from stages.clustering.routing import Router, cluster_weights, prefix_sums, prefix_vectors
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(50, 8)).astype(np.float32)
@@ -86,3 +86,22 @@ def test_any_leading_axes_and_extreme_temperatures():
         assert weights.shape == (4, 10, 5)
         assert weights.dtype == np.float32
         np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+
+
+def test_a_router_weighs_every_token_by_its_document_before_it():
+    documents = [TOKENS[:13], TOKENS[:0], TOKENS[20:]]
+    router = Router(TABLE, CENTROIDS, 0.1)
+    found = router.weights(documents, 2)
+    expected = [cluster_weights(prefix_vectors(tokens, TABLE), CENTROIDS, 0.1, 2) for tokens in documents]
+    np.testing.assert_array_equal(found, np.concatenate(expected))
+    other = router.weights(documents, None, temperature=0.7)
+    np.testing.assert_array_equal(other, Router(TABLE, CENTROIDS, 0.7).weights(documents, None))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_distances_give_the_weights_at_any_temperature(temperature):
+    documents = [TOKENS[:13], TOKENS[20:]]
+    router = Router(TABLE, CENTROIDS, 0.1)
+    scores = -router.distances(documents) / temperature
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(weights, router.weights(documents, None, temperature), atol=1e-6)

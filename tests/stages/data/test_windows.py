@@ -131,3 +131,21 @@ def test_what_is_collected_stands_in_the_order_of_the_text(store, size):
     assert pairs.shape == (len(text), 2) and pairs.dtype == torch.float32
     assert pairs[:, 1].tolist() == text.tolist()
     assert pairs[9, 0] == text[8] and pairs[0, 0] == END
+
+
+def test_documents_that_are_taken_already_are_not_chosen_again(store_of):
+    store = store_of([("a", 10), ("b", 10), ("a", 10), ("b", 10), ("a", 10)])
+    first = choose_documents(store, 20)
+    second = choose_documents(store, 100, first)
+    assert sorted(first + second) == list(range(5)) and len(first) == 2
+    assert choose_documents(store, 20, first) != first
+    with pytest.raises(UsageFailure, match="all 5 held-out documents are taken already"):
+        choose_documents(store, 20, range(5))
+
+
+def test_values_of_all_tokens_are_split_by_document(store):
+    windows = Windows(store, [4, 1, 6], END, 8)
+    pieces = windows.split(torch.arange(windows.tokens))
+    assert [len(piece) for piece in pieces] == [30, 12, 16]
+    assert [len(text) for text in windows.texts()] == [30, 12, 16]
+    assert torch.cat(pieces).tolist() == list(range(windows.tokens))

@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from schemas.evaluate_models import ModelRow, UsageRow
+from schemas.evaluate_models import FittedRouting, ModelRow, UsageRow
 from stages.reporting.table import COLORS, markdown, plot
 
 
@@ -54,3 +54,14 @@ def test_same_rows_same_bytes():
 def test_a_source_known_perfectly_does_not_stop_the_plot():
     certain = row(0).model_copy(update={"sources": {"code": 0.0, "law": 3.0}})
     assert plot((certain, row(1))).startswith(b"\x89PNG")
+
+
+def test_markdown_says_what_was_fitted_and_on_how_much():
+    fitted = FittedRouting(
+        temperature=0.04321, forgetting=0.97, documents=30, tokens=12_345, gain=0.01, forgetting_gain=0.02
+    )
+    text = markdown(ROWS, USAGE, fitted)
+    assert (
+        "on 12,345 held-out tokens of 30 documents that are not scored: temperature 0.04321, forgetting 0.97." in text
+    )
+    assert "not scored" not in markdown(ROWS, USAGE)
