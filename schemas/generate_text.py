@@ -19,6 +19,9 @@ class GenerateConfig(Config):
     sample_top_k: int | None = Field(None, gt=0, description="Draw from the k likeliest tokens only.")
     sample_top_p: float = Field(0.95, gt=0, le=1, description="Draw from the likeliest tokens of so much mass only.")
     experts: int = Field(2, gt=0, description="Experts that cbtm mixes for a token.")
+    routing_temperature: float | None = Field(
+        None, gt=0, description="How sharply cbtm chooses experts; default: the clusters' temperature."
+    )
     stop: tuple[str, ...] = Field((), description="End before the first of these texts.")
     random_seed: int = Field(0, ge=0, lt=2**31, description="Same seed, same text.")
 

@@ -1,17 +1,21 @@
 """Continue a prompt with any model of the run, token by token, with caches.
 
-- cBTM runs only the experts it mixes for a token; one that is chosen later first reads what it has missed
-- a context that reaches the length the models were trained on goes on from its second half
+- cBTM runs only the experts it mixes for a token, and loads an expert when it is first chosen; one that is chosen later
+  first reads what it has missed. How many tokens experts read per token of the text is logged
+- a context that reaches the length the models were trained on goes on from its second half; which experts a text is for
+  is told from all of it
 - text comes out as soon as its bytes are complete, but for what may still become a stop text
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import tokenizers
 import torch
+from loguru import logger
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
@@ -19,10 +23,11 @@ from schemas.cluster_documents import ClusterManifest
 from schemas.failures import UsageFailure
 from schemas.generate_text import GenerateConfig
 from schemas.tokenize_text import TokenizeManifest
-from stages.artifacts.model_folder import device, read_tensors
-from stages.artifacts.run_models import RunModels, expert_folder
+from stages.artifacts.model_folder import device
+from stages.artifacts.run_models import RunModels, expert_folder, routing_tensors
 from stages.clustering.features import normalised
-from stages.clustering.routing import cluster_weights
+from stages.clustering.routing import cluster_weights, prefix_sums
+from stages.nn.attention import StackCache
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
 from stages.nn.sampling import draw
@@ -33,6 +38,9 @@ class Reader(Protocol):
 
     def read(self, ids: list[int]) -> Tensor:
         """Take further tokens; log-probabilities [V] of the next one."""
+
+    def restart(self, skipped: list[int], kept: list[int]) -> None:
+        """Begin a new context that holds `kept`; `skipped` were never read and belong to the text before it."""
 
 
 def stream(config: GenerateConfig, run_dir: Path) -> Iterator[str]:
@@ -51,28 +59,33 @@ def _draw_tokens(
 ) -> Iterator[int]:
     limit = models.decoder("seed")[0].max_position_embeddings
     generator = torch.Generator().manual_seed(config.random_seed)
-    context = prompt[-limit:]
-    reader, unread = _reader(config, run_dir, models), context
-    for _ in range(config.max_tokens):
-        if len(context) > limit:
-            context = context[-(limit // 2) :]
-            reader, unread = _reader(config, run_dir, models), context
-        log_probs = reader.read(unread).float().cpu()
-        token = draw(log_probs, config.temperature, config.sample_top_k, config.sample_top_p, generator)
-        if token == end:
-            return
-        yield token
-        context, unread = [*context, token], [token]
+    reader = _reader(config, run_dir, models)
+    context = unread = prompt[-limit:]
+    reader.restart(prompt[:-limit], [])
+    try:
+        for _ in range(config.max_tokens):
+            if len(context) > limit:
+                context = context[-(limit // 2) :]
+                reader.restart([], context[:-1])
+            log_probs = reader.read(unread).float().cpu()
+            token = draw(log_probs, config.temperature, config.sample_top_k, config.sample_top_p, generator)
+            if token == end:
+                return
+            yield token
+            context, unread = [*context, token], [token]
+    finally:
+        if isinstance(reader, ClusterMixReader):
+            logger.info("{}", reader.cost())
 
 
 def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
     """The model `config.model` names. Raises UsageFailure."""
     name = config.model
     if name == "seed" or (name == "dense" and models.dense):
-        return DecoderReader(_decoder(models, name))
+        return DecoderReader(partial(_decoder, models, name))
     number = name.removeprefix("expert:")
     if number != name and number.isdecimal() and int(number) < len(models.experts):
-        return DecoderReader(_decoder(models, expert_folder(int(number))))
+        return DecoderReader(partial(_decoder, models, expert_folder(int(number))))
     if name == "cbtm":
         return ClusterMixReader(config, run_dir, models)
     if name in models.compositions:
@@ -92,20 +105,30 @@ def _batch(ids: list[int]) -> Tensor:
 
 
 class DecoderReader:
-    """One decoder with its cache; `pending` tokens wait until it is asked."""
+    """One decoder with its cache, loaded when it is first asked; `pending` tokens wait until it is."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, load: Callable[[], Decoder]) -> None:
         self.pending: list[int] = []
-        self._cache = decoder.new_cache()
+        self.tokens_read = 0
+        self._load = load
+        self._decoder: Decoder | None = None
+        self._cache: StackCache | None = None
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> Tensor:
         """See Reader."""
+        decoder = self._decoder = self._decoder or self._load()
+        self._cache = self._cache or decoder.new_cache()
         self.pending += ids
-        states = self.decoder.hidden_states(_batch(self.pending), self._cache)
+        states = decoder.hidden_states(_batch(self.pending), self._cache)
+        self.tokens_read += len(self.pending)
         self.pending = []
-        return self.decoder.lm_head(states[-1][0, -1]).float().log_softmax(-1)
+        return decoder.lm_head(states[-1][0, -1]).float().log_softmax(-1)
+
+    def restart(self, skipped: list[int], kept: list[int]) -> None:
+        """See Reader."""
+        self.pending = [*kept]
+        self._cache = None
 
 
 class ClusterMixReader:
@@ -113,16 +136,18 @@ class ClusterMixReader:
 
     def __init__(self, config: GenerateConfig, run_dir: Path, models: RunModels) -> None:
         clusters = ClusterManifest.read(run_dir)
-        self._vectors = read_tensors(clusters.output("vectorizer.safetensors").check(run_dir))["token_vectors"].numpy()
-        self._centroids = read_tensors(clusters.output("centroids.safetensors").check(run_dir))["centroids"].numpy()
-        self._temperature = clusters.config.temperature
+        self._vectors, self._centroids = routing_tensors(run_dir, clusters)
+        self._temperature = config.routing_temperature or clusters.config.temperature
         self._top_k = config.experts
         self._sum = np.zeros(self._vectors.shape[1], np.float32)
-        self._experts = [DecoderReader(_decoder(models, expert_folder(n))) for n in range(len(models.experts))]
+        self._text_read = 0
+        folders = map(expert_folder, range(len(models.experts)))
+        self._experts = [DecoderReader(partial(_decoder, models, folder)) for folder in folders]
 
     def read(self, ids: list[int]) -> Tensor:
         """See Reader."""
-        self._sum = self._sum + self._vectors[ids].sum(0)
+        self._know(ids)
+        self._text_read += len(ids)
         weights = cluster_weights(normalised(self._sum[None]), self._centroids, self._temperature, self._top_k)[0]
         mixed = []
         for weight, expert in zip(weights.tolist(), self._experts, strict=True):
@@ -132,18 +157,43 @@ class ClusterMixReader:
                 expert.pending += ids
         return torch.stack(mixed).logsumexp(0)
 
+    def restart(self, skipped: list[int], kept: list[int]) -> None:
+        """See Reader."""
+        self._know(skipped)
+        for expert in self._experts:
+            expert.restart(skipped, kept)
+
+    def _know(self, ids: list[int]) -> None:
+        self._sum = prefix_sums(np.array(ids, np.int64), self._vectors, before=self._sum)[-1]
+
+    def cost(self) -> str:
+        """How much the experts read for what there is of the text."""
+        read = sum(expert.tokens_read for expert in self._experts)
+        asked = sum(expert.tokens_read > 0 for expert in self._experts)
+        return (
+            f"{asked} of {len(self._experts)} experts read {read} tokens for {self._text_read} of the text: "
+            f"{read / max(1, self._text_read):.2f} a token"
+        )
+
 
 class ComposedReader:
     """A composed model with all its caches."""
 
     def __init__(self, model: ComposedModel) -> None:
         self._model = model
+        self._pending: list[int] = []
         self._cache = model.new_cache()
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> Tensor:
         """See Reader."""
-        return self._model(_batch(ids), self._cache).logits_BTV[0, -1].log_softmax(-1)
+        unread, self._pending = [*self._pending, *ids], []
+        return self._model(_batch(unread), self._cache).logits_BTV[0, -1].log_softmax(-1)
+
+    def restart(self, skipped: list[int], kept: list[int]) -> None:
+        """See Reader."""
+        self._pending = [*kept]
+        self._cache = self._model.new_cache()
 
 
 def _decode(tokenizer: tokenizers.Tokenizer, tokens: Iterator[int]) -> Iterator[str]:

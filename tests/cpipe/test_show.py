@@ -133,3 +133,31 @@ def test_brackets_in_a_value_are_no_markup(capsys):
     show.show_rows("terms", (UsageRow(model="[bold]", part="[/x]", difference=1.0),))
     out = capsys.readouterr().out
     assert "[bold]" in out and "[/x]" in out
+
+
+def test_what_was_fitted_is_said(piped_run, capsys):
+    from schemas.evaluate_models import FittedRouting
+
+    manifest = EvaluateManifest.read(piped_run)
+    fitted = FittedRouting(
+        temperature=0.043, forgetting=0.97, documents=30, tokens=12_345, gain=0.01, forgetting_gain=0.02
+    )
+    metrics = manifest.metrics.model_copy(update={"fitted": fitted})
+    show.show_evaluation(manifest.model_copy(update={"metrics": metrics}), piped_run)
+    assert (
+        "fitted on 12,345 tokens of 30 other documents: temperature 0.043, forgetting 0.97" in capsys.readouterr().out
+    )
+
+
+def test_a_sweep_has_a_line_per_number_and_says_where_it_lies(piped_run, copied_run, cpipe):
+    run_dir = copied_run(piped_run)
+    result = cpipe("cluster", run_dir, "--sweep", "2,3", "--dimensions", "4")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"cluster finished in {run_dir}: 2 files in clusters-sweep")
+    for name in ("clusters", "spread", "stability", "seconds"):
+        assert name in result.stdout
+    result = cpipe("cluster", run_dir, "--sweep", "2,3", "--dimensions", "4", "--json")
+    assert [row["clusters"] for row in json.loads(result.stdout)["metrics"]["rows"]] == [2, 3]
+    result = cpipe("status", run_dir, "--json")
+    folders = {entry["folder"]: entry for entry in json.loads(result.stdout)["stages"]}
+    assert folders["clusters-sweep"]["state"] == folders["clusters"]["state"] == "finished"

@@ -1,18 +1,21 @@
 import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
 
+from schemas.cluster_documents import ClusterManifest
 from schemas.failures import UsageFailure
 from schemas.generate_text import GenerateConfig
 from schemas.tokenize_text import TokenizeManifest
 from stages import generate_text
-from stages.artifacts.run_models import RunModels
+from stages.artifacts.run_models import RunModels, routing_tensors
 from stages.clustering.features import normalised
-from stages.clustering.routing import cluster_weights
+from stages.clustering.routing import cluster_weights, prefix_sums
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
+from stages.nn.mixture import mean_models_run
 
 LIMIT = 32  # tokens the tiny models were trained on at a time
 MODELS = ("seed", "dense", "expert:0", "expert:2", "cbtm", "central", "central-calm", "central-control")
@@ -44,8 +47,14 @@ def script(full_run, tokenizer, monkeypatch):
         given, left = [], list(ids)
 
         class Scripted:
+            kept = ()
+
+            def restart(self, skipped, kept):
+                self.kept = kept
+
             def read(self, unread):
-                given.append(list(unread))
+                given.append([*self.kept, *unread])
+                self.kept = ()
                 log_probs = torch.full((tokenizer.get_vocab_size(),), -50.0)
                 log_probs[left.pop(0)] = 0.0
                 return log_probs
@@ -121,11 +130,9 @@ def whole(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False).rstrip("\ufffd")
 
 
-def test_an_expert_that_wakes_has_missed_nothing(full_run, end, tokenizer):
+def test_an_expert_that_wakes_has_missed_nothing(full_run, changing_text):
     """The text changes its kind, so other experts are asked; token by token or in one piece is the same."""
-    models = RunModels.find(full_run)
-    texts = ["whisk the bowl of butter", " hereby pursuant clause liable notice", " def return lambda yield self"]
-    ids = [end, *(token for text in texts for token in tokenizer.encode(text).ids)]
+    models, ids = RunModels.find(full_run), changing_text
     stepwise = generate_text.ClusterMixReader(config("cbtm", experts=1), full_run, models)
     asked = set()
     for place in range(len(ids)):
@@ -134,6 +141,98 @@ def test_an_expert_that_wakes_has_missed_nothing(full_run, end, tokenizer):
     assert len({place for place in asked if sum(place) == 1}) > 1
     at_once = generate_text.ClusterMixReader(config("cbtm", experts=1), full_run, models)
     torch.testing.assert_close(at_once.read(ids), log_probs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def changing_text(end, tokenizer):
+    """Tokens of three kinds of text, one after the other."""
+    texts = ["whisk the bowl of butter", " hereby pursuant clause liable notice", " def return lambda yield self"]
+    return [end, *(token for text in texts for token in tokenizer.encode(text).ids)]
+
+
+def mixed_by_hand(run_dir, text, context, experts, temperature=0.1):
+    """Log-probabilities of the token after `text`, read anew by experts that see `context` and weighed by all of it."""
+    vectors, centroids = routing_tensors(run_dir, ClusterManifest.read(run_dir))
+    vector = normalised(vectors[text].sum(0)[None])
+    weights = torch.from_numpy(cluster_weights(vector, centroids, temperature, experts)[0])
+    decoders = [forward_of(run_dir, f"expert:{number}") for number in range(3)]
+    scores = torch.stack([decoder(torch.tensor([context]))[0, -1].log_softmax(-1) for decoder in decoders])
+    return (weights.log()[:, None] + scores).logsumexp(0)
+
+
+def test_experts_read_no_more_than_the_evaluation_counts(full_run, changing_text):
+    """Token by token: what an expert has read reaches up to the last token it was asked for."""
+    vectors, centroids = routing_tensors(full_run, ClusterManifest.read(full_run))
+    used = cluster_weights(normalised(prefix_sums(np.array(changing_text), vectors)[1:]), centroids, 0.1, 1) > 0
+    assert used.any(0).sum() > 1
+    reader = generate_text.ClusterMixReader(config("cbtm", experts=1), full_run, RunModels.find(full_run))
+    for token in changing_text:
+        reader.read([token])
+    read = sum(expert.tokens_read for expert in reader._experts)
+    assert read == round(mean_models_run(used, np.array([0])) * len(changing_text))
+    assert len(changing_text) <= read < 3 * len(changing_text)
+    asked = int(used.any(0).sum())
+    text = f"{asked} of 3 experts read {read} tokens for {len(changing_text)} of the text"
+    assert reader.cost().startswith(text)
+
+
+def test_an_expert_that_is_never_chosen_is_not_loaded(full_run, end, tokenizer):
+    reader = generate_text.ClusterMixReader(config("cbtm", experts=1), full_run, RunModels.find(full_run))
+    reader.read([end, *tokenizer.encode("whisk the bowl of butter").ids])
+    assert sum(expert._decoder is not None for expert in reader._experts) == 1
+
+
+@pytest.mark.parametrize("experts", [2, 3])
+def test_a_new_context_keeps_what_is_known_of_the_text(full_run, changing_text, experts):
+    reader = generate_text.ClusterMixReader(config("cbtm", experts=experts), full_run, RunModels.find(full_run))
+    first, rest = changing_text[:20], changing_text[20:30]
+    reader.restart(first[:5], [])
+    reader.read(first[5:])
+    reader.restart([], first[-6:])
+    for token in rest:
+        log_probs = reader.read([token])
+    expected = mixed_by_hand(full_run, first + rest, first[-6:] + rest, experts)
+    torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=1e-4)
+    forgotten = mixed_by_hand(full_run, first[-6:] + rest, first[-6:] + rest, experts)
+    assert not torch.allclose(log_probs, forgotten, atol=1e-3)
+
+
+def test_a_long_prompt_is_routed_by_all_of_it(full_run, tokenizer, end, monkeypatch):
+    known = []
+    real = generate_text.ClusterMixReader
+
+    class Watched(real):
+        def _know(self, ids):
+            known.extend(ids)
+            super()._know(ids)
+
+    monkeypatch.setattr(generate_text, "ClusterMixReader", Watched)
+    prompt = "whisk the bowl until golden " * 30
+    written = text_of(full_run, "cbtm", prompt=prompt, max_tokens=2 * LIMIT, temperature=0)
+    ids = [end, *tokenizer.encode(prompt).ids]
+    assert known[: len(ids)] == ids
+    assert len(known) == len(ids) + 2 * LIMIT - 1  # each once, though contexts were read again
+    assert whole(tokenizer, known[len(ids) :]) == written[: len(whole(tokenizer, known[len(ids) :]))]
+
+
+@pytest.mark.parametrize("model", ["seed", "central"])
+def test_a_new_context_is_read_as_if_it_were_all(full_run, model, changing_text):
+    models = RunModels.find(full_run)
+    reader = generate_text._reader(config(model), full_run, models)
+    reader.read(changing_text[:25])
+    reader.restart([], changing_text[15:25])
+    found = reader.read(changing_text[25:27])
+    fresh = generate_text._reader(config(model), full_run, models).read(changing_text[15:27])
+    torch.testing.assert_close(found, fresh, atol=1e-4, rtol=1e-4)
+
+
+def test_the_temperature_of_routing_can_be_given(full_run, changing_text):
+    models = RunModels.find(full_run)
+    for temperature in (0.01, 5.0):
+        asked = config("cbtm", experts=3, routing_temperature=temperature)
+        found = generate_text.ClusterMixReader(asked, full_run, models).read(changing_text[:20])
+        expected = mixed_by_hand(full_run, changing_text[:20], changing_text[:20], 3, temperature)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("model", ["seed", "cbtm", "central"])
