@@ -11,11 +11,12 @@ from stages.data.token_store import ShardWriter, TokenStore
 def write_cluster(
     store: TokenStore, documents: np.ndarray, folder: Path, split: str, run_dir: Path, vocab_size: int
 ) -> list[FileRef]:
-    """Write the documents with these numbers, in this order, to `folder/<split>-00000.arrow`, ….
+    """Write the documents with these numbers, in this order, to `folder/<split>-00000.arrow`: one shard, or none.
 
-    Memory: one shard under construction. No documents, no shards.
+    Memory: one batch of a shard, whatever the cluster's size.
     """
-    writer = ShardWriter(folder, split, run_dir, vocab_size)
-    for number in documents.tolist():
-        writer.add(store.ids[number], store.sources[number], int(store.bytes[number]), store.tokens(number))
-    return writer.finish()
+    with ShardWriter(folder / f"{split}-00000.arrow", run_dir, vocab_size) as writer:
+        for number in documents.tolist():
+            writer.add(store.ids[number], store.sources[number], int(store.bytes[number]), store.tokens(number))
+        shard = writer.finish()
+    return [shard] if shard else []

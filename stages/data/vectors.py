@@ -162,6 +162,7 @@ def _columns(
     parts: list[np.ndarray] = []
     for batch in batches:
         if batch.num_rows:
+            batch.validate(full=True)  # Arrow trusts the offsets in a file, which may point anywhere
             ids += _ids_of(path, batch.column("id"))
             rows = _rows(path, batch.column("vector"), ids[-batch.num_rows :], parts[0].shape[1] if parts else None)
             parts.append(rows.astype(np.float32) if copied else rows)

@@ -5,11 +5,12 @@ from stages.data.token_store import ShardWriter, TokenStore
 
 
 def test_the_documents_chosen_come_back_in_order_with_all_that_is_known(tmp_path):
-    writer = ShardWriter(tmp_path / "tokens", "train", tmp_path, 300)
     generator = np.random.default_rng(0)
-    for number in range(20):
-        writer.add(f"d{number}", f"s{number % 3}", 7 * number, generator.integers(0, 300, number))
-    whole = TokenStore.open([ref.check(tmp_path) for ref in writer.finish()])
+    with ShardWriter(tmp_path / "tokens" / "train-00000.arrow", tmp_path, 300) as writer:
+        for number in range(20):
+            writer.add(f"d{number}", f"s{number % 3}", 7 * number, generator.integers(0, 300, number))
+        shard = writer.finish()
+    whole = TokenStore.open([shard.check(tmp_path)])
     chosen = np.array([1, 4, 5, 19])
     refs = write_cluster(whole, chosen, tmp_path / "clusters" / "007", "train", tmp_path, 300)
     assert [ref.path for ref in refs] == ["clusters/007/train-00000.arrow"]

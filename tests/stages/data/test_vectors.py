@@ -199,3 +199,11 @@ def test_inputs_are_named_alike_whatever_the_files_are_called(tmp_path):
 
 def test_ids_of_any_characters_stay_on_one_line(tmp_path):
     assert "'a\\nb'" in fault(write(tmp_path, "arrow"), [*IDS, "a\nb"])
+
+
+def test_offsets_that_point_out_of_the_file_are_one_line(tmp_path):
+    path = write(tmp_path, "arrow", ["a", "b"], VECTORS[:2])
+    before, after = (np.array([0, 4, end], np.int32).tobytes() for end in (8, 1 << 30))
+    assert path.read_bytes().count(before) == 1
+    path.write_bytes(path.read_bytes().replace(before, after))
+    assert "cannot be read" in fault(path)
