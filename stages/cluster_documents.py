@@ -12,6 +12,7 @@
 - interrupted, the stage starts over and ends with the same bytes; a sweep goes on after the last number it measured
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,7 @@ from schemas.files import FileRef, write_bytes
 from schemas.manifest import InputRef
 from schemas.tokenize_text import SPLITS, TokenizeManifest
 from stages.artifacts.model_folder import write_tensors
-from stages.artifacts.stage_folder import claim_folder
+from stages.artifacts.stage_folder import claim_folder, drop_leftovers
 from stages.clustering.assignment import Documents, Numbers, members
 from stages.clustering.clusters import Clustered, cluster_documents, measure
 from stages.clustering.features import Floats, document_vectors
@@ -62,6 +63,7 @@ def run(config: ClusterConfig, run_dir: Path, *, force: bool = False) -> Cluster
     with claim_folder(run_dir, ClusterManifest, config, inputs, force=force) as claim:
         if claim.finished:
             return claim.finished
+        _drop_leftovers(claim.path)
         corpus = Corpus(config, run_dir, tokens)
         vectorizer = corpus.vectorizer  # first of all: later several threads ask for it
         clustered = cluster_documents(config, corpus.train, corpus.valid, corpus.sample)
@@ -72,6 +74,14 @@ def run(config: ClusterConfig, run_dir: Path, *, force: bool = False) -> Cluster
             *_report(config, corpus, clustered, metrics, claim.path),
         ]
         return claim.finish(outputs, metrics)
+
+
+def _drop_leftovers(folder: Path) -> None:
+    """What a killed start left: files, and the folders of clusters."""
+    drop_leftovers(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def _sweep(

@@ -325,6 +325,26 @@ def test_materialised_clusters_hold_their_documents(tokens_only):
     assert digests(tokens_only) == before
 
 
+def test_a_start_that_was_killed_leaves_nothing_behind(tokens_only, tmp_path, monkeypatch):
+    config = ClusterConfig(clusters=3, dimensions=8, materialise=True)
+    whole = shutil.copytree(tokens_only, tmp_path / "whole")
+    cluster_documents.run(config, whole)
+    real = cluster_documents.write_cluster
+
+    def killed(store, documents, folder, *rest):
+        real(store, documents, folder, *rest)
+        (folder / ".train-00000.arrow.17.tmp").write_bytes(b"half")
+        (folder.parent / ".centroids.safetensors.17.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster_documents, "write_cluster", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cluster_documents.run(config, tokens_only)
+    monkeypatch.setattr(cluster_documents, "write_cluster", real)
+    cluster_documents.run(config, tokens_only)
+    assert digests(tokens_only) == digests(whole)
+
+
 def test_clusters_are_not_materialised_unasked(clustered_run):
     manifest = ClusterManifest.read(clustered_run)
     assert manifest.shards(0, "train") == []
