@@ -33,6 +33,15 @@ def test_a_document_between_two_clusters_lies_between_them():
     assert 0.2 < along < 0.8
 
 
+def test_a_loose_cluster_is_wide():
+    vectors, labels, centroids = groups(4, noise=0.02)
+    loose = labels == 2
+    vectors[loose] += 0.15 * RNG.normal(size=vectors[loose].shape).astype(np.float32)
+    places = map_places(vectors, labels, centroids)
+    widths = [float(places[labels == group].std(0).mean()) for group in range(4)]
+    assert widths[2] > 3 * max(widths[:2])
+
+
 def test_it_is_the_same_every_time():
     vectors, labels, centroids = groups(5)
     np.testing.assert_array_equal(map_places(vectors, labels, centroids), map_places(vectors, labels, centroids))

@@ -101,7 +101,7 @@ def test_a_router_weighs_every_token_by_its_document_before_it():
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 def test_distances_give_the_weights_at_any_temperature(temperature):
     documents = [TOKENS[:13], TOKENS[20:]]
-    router = Router(TABLE, CENTROIDS, 0.1)
+    router = Router(TABLE, CENTROIDS * np.arange(1, 6, dtype=np.float32)[:, None] / 5, 0.1)
     scores = -router.distances(documents) / temperature
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     np.testing.assert_allclose(weights, router.weights(documents, None, temperature), atol=1e-6)

@@ -42,6 +42,14 @@ def test_a_row_measures_the_fit_the_stage_would_make(rows):
     assert rows[4].spread == pytest.approx(spread, rel=1e-5)
 
 
+def test_of_the_seeds_the_best_counts():
+    config = ClusterConfig(clusters=8, restarts=1, equal="documents")
+    fits = [fit_clusters(config.model_copy(update={"seed": seed}), VECTORS, LENGTHS).inertia for seed in range(3)]
+    assert len(set(fits)) == 3
+    row = try_clusters(config.model_copy(update={"clusters": 2, "sweep": "8"}), 8, VECTORS, LENGTHS, SOURCES)
+    assert row.inertia == min(fits)
+
+
 def test_one_source_has_nothing_to_agree_with():
     row = try_clusters(ClusterConfig(sweep="1"), 1, VECTORS, LENGTHS, ["s"] * 200)
     assert (row.purity, row.nmi, row.stability, row.document_balance) == (None, None, 1, 1)

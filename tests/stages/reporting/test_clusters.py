@@ -95,8 +95,8 @@ def test_any_number_of_clusters_and_sources_is_drawn(count):
 
 
 def test_names_that_look_like_mathematics_or_have_no_glyphs_are_drawn():
-    names = ["$x_1^", "_hidden", "小麦粉", "مرحبا", "a\nb", "\U0001f33e"]
-    assert drawn(2, names, terms=("$\\frac{", "小麦粉"))()
+    names = ["$\\frac{$", "_hidden", "小麦粉", "مرحبا", "a\nb", "\U0001f33e"]
+    assert drawn(2, names, terms=("$x_{$", "小麦粉"))()
 
 
 def test_two_documents_are_enough():
