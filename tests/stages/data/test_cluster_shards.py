@@ -1,15 +1,18 @@
+from pathlib import Path
+
 import numpy as np
 
 from stages.data.cluster_shards import write_cluster
 from stages.data.token_store import ShardWriter, TokenStore
 
 
-def test_the_documents_chosen_come_back_in_order_with_all_that_is_known(tmp_path):
+def test_the_documents_chosen_come_back_in_order_with_all_that_is_known(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     with ShardWriter(tmp_path / "tokens" / "train-00000.arrow", tmp_path, 300) as writer:
         for number in range(20):
             writer.add(f"d{number}", f"s{number % 3}", 7 * number, generator.integers(0, 300, number))
         shard = writer.finish()
+    assert shard
     whole = TokenStore.open([shard.check(tmp_path)])
     chosen = np.array([1, 4, 5, 19])
     refs = write_cluster(whole, chosen, tmp_path / "clusters" / "007", "train", tmp_path, 300)

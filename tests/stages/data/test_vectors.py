@@ -1,6 +1,9 @@
 """Vectors of every kind of file against the array they were written from; a fault is one line with the first ids."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +20,12 @@ VECTORS = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
 KINDS = ("arrow", "stream", "fixed", "parquet", "npy", "safetensors", "metadata")
 
 
-def table(ids, vectors, kind=None):
+def table(ids: Sequence[Any], vectors: Any, kind: pa.DataType | None = None) -> pa.Table:
     kind = kind or pa.list_(pa.float32())
     return pa.table({"id": pa.array(ids), "vector": pa.array([list(row) for row in vectors], kind), "other": ids})
 
 
-def write(folder, kind, ids=IDS, vectors=VECTORS):
+def write(folder: Path, kind: str, ids: Sequence[str] = IDS, vectors: np.ndarray = VECTORS) -> Path:
     if kind in ("arrow", "stream", "fixed"):
         content = table(ids, vectors, pa.list_(pa.float64(), vectors.shape[1]) if kind == "fixed" else None)
         path = folder / "vectors.arrow"
@@ -44,7 +47,7 @@ def write(folder, kind, ids=IDS, vectors=VECTORS):
     return path
 
 
-def fault(path, documents=IDS):
+def fault(path: Path, documents: Sequence[str] = IDS) -> str:
     with pytest.raises(InputFailure) as refused:
         GivenVectors.open(path).places(documents)
     message = str(refused.value)
@@ -53,7 +56,7 @@ def fault(path, documents=IDS):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_gives_the_vectors_of_the_documents_asked_for(tmp_path, kind):
+def test_every_kind_of_file_gives_the_vectors_of_the_documents_asked_for(tmp_path: Path, kind: str) -> None:
     given = GivenVectors.open(write(tmp_path, kind))
     assert (given.dimensions, list(given.ids)) == (4, IDS)
     documents = [IDS[number] for number in (7, 0, 9, 3, 4, 1, 8, 2, 6, 5)]
@@ -64,14 +67,14 @@ def test_every_kind_of_file_gives_the_vectors_of_the_documents_asked_for(tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_floats_are_read_as_float32(tmp_path, dtype):
+def test_other_floats_are_read_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     vectors = torch.from_numpy(VECTORS).to(dtype)
     safetensors.torch.save_file({"vectors": vectors}, tmp_path / "v.safetensors", {"ids": json.dumps(IDS)})
     given = GivenVectors.open(tmp_path / "v.safetensors")
     np.testing.assert_array_equal(given.take(np.arange(10)), vectors.float().numpy())
 
 
-def test_ids_may_be_whole_numbers_and_lines_may_end_as_on_windows(tmp_path):
+def test_ids_may_be_whole_numbers_and_lines_may_end_as_on_windows(tmp_path: Path) -> None:
     pq.write_table(table(list(range(10)), VECTORS), tmp_path / "v.parquet")
     assert GivenVectors.open(tmp_path / "v.parquet").ids == [str(number) for number in range(10)]
     path = write(tmp_path, "npy")
@@ -80,7 +83,7 @@ def test_ids_may_be_whole_numbers_and_lines_may_end_as_on_windows(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_missing_and_further_ids_are_counted_and_named(tmp_path, kind):
+def test_missing_and_further_ids_are_counted_and_named(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind)
     assert fault(path, [*IDS, "e0", "e1", "e2", "e3"]).endswith(
         "has no vector for 4 of 14 documents of the run: e0, e1, e2, …"
@@ -88,7 +91,7 @@ def test_missing_and_further_ids_are_counted_and_named(tmp_path, kind):
     assert fault(path, IDS[:8]).endswith("has 2 vectors of no document of the run: d8, d9")
 
 
-def test_ids_that_stand_twice_are_named(tmp_path):
+def test_ids_that_stand_twice_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, "npy", [*IDS[:8], "d0", "d3"])
     assert fault(path).endswith("has 2 ids more than once: d0, d3")
     assert fault(write(tmp_path, "npy"), [*IDS, "d5"]) == "the run has 1 ids more than once: d5"
@@ -96,13 +99,13 @@ def test_ids_that_stand_twice_are_named(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
-def test_values_no_distance_can_be_told_from_are_named(tmp_path, kind, value):
+def test_values_no_distance_can_be_told_from_are_named(tmp_path: Path, kind: str, value: float) -> None:
     vectors = VECTORS.copy()
     vectors[[2, 5], 1] = value
     assert "2 vectors hold NaN, infinity or too large a value: d2, d5" in fault(write(tmp_path, kind, IDS, vectors))
 
 
-def test_vectors_of_unequal_length_are_named(tmp_path):
+def test_vectors_of_unequal_length_are_named(tmp_path: Path) -> None:
     rows = [list(row) for row in VECTORS]
     rows[3], rows[8] = [1.0], [1.0, 2.0]
     pq.write_table(table(IDS, rows), tmp_path / "v.parquet")
@@ -113,7 +116,7 @@ def test_vectors_of_unequal_length_are_named(tmp_path):
     assert "null where the first has 4: d3" in fault(tmp_path / "v.parquet")
 
 
-def test_null_values_and_null_ids_are_refused(tmp_path):
+def test_null_values_and_null_ids_are_refused(tmp_path: Path) -> None:
     rows = [[1.0, None], [2.0, 3.0]]
     pq.write_table(pa.table({"id": ["a", "b"], "vector": rows}), tmp_path / "v.parquet")
     assert "1 values inside vectors are null" in fault(tmp_path / "v.parquet")
@@ -132,13 +135,15 @@ def test_null_values_and_null_ids_are_refused(tmp_path):
         ({"id": IDS, "vector": pa.array([[]] * 10, pa.list_(pa.float32()))}, "holds no vectors"),
     ],
 )
-def test_a_table_that_is_none_of_vectors_says_what_it_is(tmp_path, columns, expected):
+def test_a_table_that_is_none_of_vectors_says_what_it_is(
+    tmp_path: Path, columns: dict[str, Any], expected: str
+) -> None:
     pq.write_table(pa.table(columns), tmp_path / "v.parquet")
     message = fault(tmp_path / "v.parquet")
     assert expected in message.replace("element", "item")
 
 
-def test_arrays_that_are_no_vectors_say_what_they_are(tmp_path):
+def test_arrays_that_are_no_vectors_say_what_they_are(tmp_path: Path) -> None:
     path = write(tmp_path, "npy")
     np.save(path, VECTORS[0])
     assert "holds float32 of shape [4], expected floats [N, d]" in fault(path)
@@ -152,7 +157,7 @@ def test_arrays_that_are_no_vectors_say_what_they_are(tmp_path):
     assert "needs the ids of its 7 vectors, one a line, in" in fault(path)
 
 
-def test_tensors_that_are_no_vectors_say_what_they_are(tmp_path):
+def test_tensors_that_are_no_vectors_say_what_they_are(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     safetensors.torch.save_file({"x": torch.zeros(2, 2)}, path)
     assert "has no tensor vectors; its tensors: x" in fault(path)
@@ -165,27 +170,27 @@ def test_tensors_that_are_no_vectors_say_what_they_are(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".arrow", ".parquet", ".npy", ".safetensors"])
 @pytest.mark.parametrize("content", [b"", b"not vectors at all", b"\x93NUMPY"])
-def test_files_that_are_something_else_are_one_line(tmp_path, suffix, content):
+def test_files_that_are_something_else_are_one_line(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"v{suffix}"
     path.write_bytes(content)
     assert "cannot be read" in fault(path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_cut_short_are_one_line(tmp_path, kind):
+def test_files_cut_short_are_one_line(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert fault(path)
 
 
-def test_files_that_are_not_there_or_of_another_kind_are_one_line(tmp_path):
+def test_files_that_are_not_there_or_of_another_kind_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputFailure, match=r"v\.npy cannot be read: No such file"):
         vector_inputs(tmp_path / "v.npy")
     with pytest.raises(InputFailure, match=r"of an unknown kind '\.csv'; vectors are read from \.arrow, \.parquet"):
         vector_inputs(tmp_path / "v.csv")
 
 
-def test_inputs_are_named_alike_whatever_the_files_are_called(tmp_path):
+def test_inputs_are_named_alike_whatever_the_files_are_called(tmp_path: Path) -> None:
     path = write(tmp_path, "npy")
     before = vector_inputs(path)
     assert [ref.name for ref in before] == ["vectors", "vectors.ids"]
@@ -197,11 +202,11 @@ def test_inputs_are_named_alike_whatever_the_files_are_called(tmp_path):
     assert [ref.name for ref in vector_inputs(write(tmp_path, "parquet"))] == ["vectors"]
 
 
-def test_ids_of_any_characters_stay_on_one_line(tmp_path):
+def test_ids_of_any_characters_stay_on_one_line(tmp_path: Path) -> None:
     assert "'a\\nb'" in fault(write(tmp_path, "arrow"), [*IDS, "a\nb"])
 
 
-def test_offsets_that_point_out_of_the_file_are_one_line(tmp_path):
+def test_offsets_that_point_out_of_the_file_are_one_line(tmp_path: Path) -> None:
     path = write(tmp_path, "arrow", ["a", "b"], VECTORS[:2])
     before, after = (np.array([0, 4, end], np.int32).tobytes() for end in (8, 1 << 30))
     assert path.read_bytes().count(before) == 1
