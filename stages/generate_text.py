@@ -1,7 +1,7 @@
 """Continue a prompt with any model of the run, token by token, with caches.
 
 - cBTM runs only the experts it mixes for a token, and loads an expert when it is first chosen; one that is chosen later
-  first reads what it has missed. How many tokens experts read per token of the text is logged
+  first reads what it has missed. How many tokens experts read per token of the text is counted
 - a context that reaches the length the models were trained on goes on from its second half; which experts a text is for
   is told from all of it
 - text comes out as soon as its bytes are complete, but for what may still become a stop text
@@ -75,7 +75,7 @@ def _draw_tokens(
             context, unread = [*context, token], [token]
     finally:
         if isinstance(reader, ClusterMixReader):
-            logger.info("{}", reader.cost())
+            logger.debug("{}", reader.cost())
 
 
 def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:

@@ -106,7 +106,7 @@ def test_values_no_distance_can_be_told_from_are_named(tmp_path: Path, kind: str
 
 
 def test_vectors_of_unequal_length_are_named(tmp_path: Path) -> None:
-    rows = [list(row) for row in VECTORS]
+    rows: list[list[float] | None] = [list(row) for row in VECTORS]
     rows[3], rows[8] = [1.0], [1.0, 2.0]
     pq.write_table(table(IDS, rows), tmp_path / "v.parquet")
     assert "vectors of unequal length, 1 where the first has 4: d3, d8" in fault(tmp_path / "v.parquet")
@@ -135,9 +135,7 @@ def test_null_values_and_null_ids_are_refused(tmp_path: Path) -> None:
         ({"id": IDS, "vector": pa.array([[]] * 10, pa.list_(pa.float32()))}, "holds no vectors"),
     ],
 )
-def test_a_table_that_is_none_of_vectors_says_what_it_is(
-    tmp_path: Path, columns: dict[str, Any], expected: str
-) -> None:
+def test_a_table_of_something_else_says_what_it_is(tmp_path: Path, columns: dict[str, Any], expected: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "v.parquet")
     message = fault(tmp_path / "v.parquet")
     assert expected in message.replace("element", "item")
