@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from schemas.failures import InputFailure
-from schemas.files import FileRef, NewFile, new_file
+from schemas.files import CHUNK, FileRef, NewFile, new_file
 from schemas.tokenize_text import SPLITS, Counts, LeftOut, Segment, Split
 from stages.data.corpus import Corpus, repetition
 from stages.data.reading.readers import Rejected
@@ -22,7 +22,6 @@ from stages.data.segments import list_skipped
 from stages.data.token_store import keep_rows
 
 SKIPPED = "skipped.jsonl"
-REPORTED = 1 << 16  # bytes copied at a time
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def _skipped(
 
 def _append(target: NewFile, path: Path) -> None:
     with path.open("rb") as file:
-        while chunk := file.read(REPORTED):
+        while chunk := file.read(CHUNK):
             target.write(chunk)
 
 
