@@ -29,11 +29,12 @@ from schemas.files import FileRef, write_bytes
 from schemas.manifest import FILE_NAME, InputRef, Manifest, key_of
 from schemas.strict import Config
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_experts import ExpertManifest, ExpertsManifest
+from schemas.train_experts import ExpertsManifest
 from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedManifest
 from schemas.training import TrainingMetrics
 from stages.artifacts.model_folder import WEIGHTS, checksum, read_model, read_tensors, write_tensors
+from stages.artifacts.run_models import expert_folder, read_expert
 from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import Rows
 from stages.data.token_store import TokenStore
@@ -143,7 +144,8 @@ def _compose(config: ComposeConfig, run_dir: Path, upstream: Upstream, alone: Ce
     shape = CentralConfig.from_json(alone.output("config.json").check(run_dir).read_bytes())
     central = CentralModel.from_weights(shape, read_tensors(alone.output(WEIGHTS).check(run_dir)))
     seed = Decoder.from_weights(*read_model(run_dir, upstream.seed))
-    experts = [_read_expert(config, run_dir, upstream, number) for number in range(upstream.experts.metrics.experts)]
+    numbers = range(upstream.experts.metrics.experts)
+    experts = [_read_expert(config, run_dir, upstream, number, seed) for number in numbers]
     gate = None
     if upstream.gates is not None and config.gates != "none":
         vectors = read_tensors(upstream.gates.output("gates.safetensors").check(run_dir))
@@ -155,11 +157,11 @@ def _compose(config: ComposeConfig, run_dir: Path, upstream: Upstream, alone: Ce
     return composed
 
 
-def _read_expert(config: ComposeConfig, run_dir: Path, upstream: Upstream, number: int) -> Decoder:
+def _read_expert(config: ComposeConfig, run_dir: Path, upstream: Upstream, number: int, seed: Decoder) -> Decoder:
     if config.experts == "seed-copies":
         return Decoder.from_weights(*read_model(run_dir, upstream.seed))
-    folder = f"experts/{number:03d}"
-    return Decoder.from_weights(*read_model(run_dir, ExpertManifest.read(run_dir, folder), folder))
+    weights = read_expert(run_dir, expert_folder(number), upstream.seed, lambda: (seed.config, seed.weights()))
+    return Decoder.from_weights(*weights)
 
 
 def _train_with_experts(

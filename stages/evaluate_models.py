@@ -109,6 +109,7 @@ class Evaluation:
             models.seed.metrics.training.tokens,
             sum(expert.metrics.training.tokens for expert in models.experts),
             models.dense.metrics.training.tokens if models.dense else 0,
+            models.experts[0].config.lora,
         )
 
     def score(self, forward: Forward, label: str, windows: Windows | None = None) -> Tensor:
@@ -169,8 +170,8 @@ class Evaluation:
         flops = mean_models_run(asked[:, -count:], self.windows.window_starts()) * self.costs.forward
         if gated:
             flops += self.costs.forward if asked[:, 0].any() else self.costs.gates
-        stored = asked.shape[1] * self.parameters
-        active = round(float(asked.sum(-1).mean()) * self.parameters)
+        stored = self.costs.weights(asked.shape[1], count)
+        active = self.costs.weights(float(asked.sum(-1).mean()), float(asked[:, -count:].sum(-1).mean()))
         mixed = mixed_log_probs(log_weight_NX, scores)
         self.table.add(name, group, mixed, stored, active, training or self.costs.experts, flops)
 
@@ -257,7 +258,8 @@ class Evaluation:
             training += self._gate_training(manifest.config.gates)
         copies = manifest.config.experts == "seed-copies"
         training += self.costs.seed if copies else self.costs.experts
-        size = manifest.metrics.parameters + len(self.models.experts) * self.parameters
+        count = len(self.models.experts)
+        size = manifest.metrics.parameters + self.costs.weights(count, 0 if copies else count)
         label = f"composed {manifest.config.bridges.bridge}" + (" of seed copies" if copies else "")
         label += "" if name in ("central", f"central-{manifest.config.bridges.bridge}") else f" ({name})"
         scores = self.score(lambda ids: composed(ids).logits_BTV, label)

@@ -4,6 +4,7 @@
   1/k of the batch each (Gururangan et al. 2023); with 1/k of the steps instead, they lose to the dense model
 - the dense baseline is a member like any other: the same seed, steps and schedule, all documents, the whole batch
 - every member is a finished stage of its own, so members can be trained by different jobs and only missing ones are
+- a LoRA expert trains and keeps adapters over the seed only; the dense baseline beside it stays a full model
 - where `cpipe cluster` wrote token shards for each cluster, an expert reads its own and no others, so it can be trained
   on a machine that has only them, and ends with the same weights
 """
@@ -15,6 +16,7 @@ import numpy as np
 
 from schemas.cluster_documents import ClusterManifest
 from schemas.failures import UsageFailure
+from schemas.files import FileRef
 from schemas.manifest import FILE_NAME, InputRef
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import (
@@ -24,14 +26,17 @@ from schemas.train_experts import (
     ExpertsConfig,
     ExpertsManifest,
     ExpertsMetrics,
+    LoraConfig,
 )
 from schemas.train_seed import SeedManifest
+from stages.artifacts.adapter_folder import write_adapter
 from stages.artifacts.model_folder import read_model, write_model
 from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import Rows
 from stages.data.token_store import TokenStore, read_table
 from stages.engine.loop import train
 from stages.nn.decoder import Decoder, NextTokenLoss
+from stages.nn.lora import adapters, add_adapters
 
 Upstream = tuple[TokenizeManifest, ClusterManifest, SeedManifest]
 
@@ -57,10 +62,11 @@ def _members(config: ExpertsConfig, clusters: int) -> Iterator[tuple[str, Expert
             f"use --batch-size {max(1, round(whole.batch_size / clusters)) * clusters}"
         )
     share = whole.model_copy(update={"batch_size": whole.batch_size // clusters})
+    lora = config.lora if config.kind == "lora" else None
     for cluster in range(clusters):
-        yield f"experts/{cluster:03d}", ExpertConfig(cluster=cluster, training=share)
+        yield f"experts/{cluster:03d}", ExpertConfig(cluster=cluster, lora=lora, training=share)
     if config.dense:
-        yield "dense", ExpertConfig(cluster=None, training=whole)
+        yield "dense", ExpertConfig(cluster=None, lora=None, training=whole)
 
 
 def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Upstream, force: bool) -> ExpertManifest:
@@ -74,7 +80,7 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
         training = config.training
         store, documents = _documents(config.cluster, run_dir, tokens, clusters)
         rows = Rows(store, tokens.metrics.end_of_text, training.sequence_length, documents)
-        decoder = _from_seed(run_dir, seed)
+        decoder = _from_seed(run_dir, seed, config)
         metrics = train(
             NextTokenLoss(decoder),
             # Another order than the seed's: with the same one a member would see the seed's rows again, first of all.
@@ -83,14 +89,11 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
             claim.path,
             folder,
         )
-        weights = decoder.weights()
-        tokenizer = tokens.output("tokenizer.json").check(run_dir).read_bytes()
-        end = tokens.metrics.end_of_text
-        outputs = write_model(claim.path, run_dir, decoder.config, weights, end, tokenizer) if claim.leader else []
+        outputs = _write(decoder, config.lora, claim.path, run_dir, tokens) if claim.leader else []
         return claim.finish(
             outputs,
             ExpertMetrics(
-                parameters=sum(weight.numel() for weight in weights.values()),
+                parameters=sum(weight.numel() for weight in decoder.parameters() if weight.requires_grad),
                 documents=len(store) if documents is None else len(documents),
                 epochs=round(metrics.tokens / rows.tokens, 4),
                 training=metrics,
@@ -114,9 +117,19 @@ def _documents(
     return store, np.flatnonzero((table["cluster"] == cluster) | (table["second"] == cluster))
 
 
-def _from_seed(run_dir: Path, seed: SeedManifest) -> Decoder:
-    decoder = Decoder.from_weights(*read_model(run_dir, seed))
-    return decoder.train().requires_grad_(True)
+def _from_seed(run_dir: Path, seed: SeedManifest, config: ExpertConfig) -> Decoder:
+    decoder = Decoder.from_weights(*read_model(run_dir, seed)).train()
+    return add_adapters(decoder, config.lora, config.training.seed) if config.lora else decoder.requires_grad_(True)
+
+
+def _write(
+    decoder: Decoder, lora: LoraConfig | None, folder: Path, run_dir: Path, tokens: TokenizeManifest
+) -> list[FileRef]:
+    """The folder of a model, or of an adapter over the seed."""
+    if lora:
+        return write_adapter(folder, run_dir, SeedManifest.folder, lora, adapters(decoder))
+    tokenizer = tokens.output("tokenizer.json").check(run_dir).read_bytes()
+    return write_model(folder, run_dir, decoder.config, decoder.weights(), tokens.metrics.end_of_text, tokenizer)
 
 
 def _finish(config: ExpertsConfig, run_dir: Path, members: dict[str, ExpertManifest]) -> ExpertsManifest:

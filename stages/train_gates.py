@@ -12,10 +12,11 @@ import torch
 from schemas.cluster_documents import ClusterManifest
 from schemas.failures import InputFailure, UsageFailure
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_experts import ExpertManifest, ExpertsManifest
+from schemas.train_experts import ExpertsManifest
 from schemas.train_gates import GateMode, GateRun, GatesConfig, GatesManifest, GatesMetrics
 from schemas.train_seed import SeedManifest
 from stages.artifacts.model_folder import read_model, write_tensors
+from stages.artifacts.run_models import expert_folder, read_expert
 from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import Rows
 from stages.data.token_store import TokenStore, read_table
@@ -33,7 +34,8 @@ def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesMani
         if claim.finished:
             return claim.finished
         seed = Decoder.from_weights(*read_model(run_dir, seed_manifest))
-        experts = [_read_expert(run_dir, number, seed) for number in range(experts_manifest.metrics.experts)]
+        numbers = range(experts_manifest.metrics.experts)
+        experts = [_read_expert(run_dir, number, seed_manifest, seed) for number in numbers]
         layer = _layer(config, seed)
         rows = _rows_of_clusters(config, run_dir, tokens, clusters)
         tensors: dict[str, torch.Tensor] = {}
@@ -47,9 +49,9 @@ def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesMani
         return claim.finish(written, metrics)
 
 
-def _read_expert(run_dir: Path, number: int, seed: Decoder) -> Decoder:
-    folder = f"experts/{number:03d}"
-    expert = Decoder.from_weights(*read_model(run_dir, ExpertManifest.read(run_dir, folder), folder))
+def _read_expert(run_dir: Path, number: int, manifest: SeedManifest, seed: Decoder) -> Decoder:
+    weights = read_expert(run_dir, expert_folder(number), manifest, lambda: (seed.config, seed.weights()))
+    expert = Decoder.from_weights(*weights)
     equal = all(torch.equal(own, other) for own, other in zip(expert.parameters(), seed.parameters(), strict=True))
     if equal:
         raise InputFailure(f"expert {number} equals the seed, so its gate has nothing to learn: train it for longer")

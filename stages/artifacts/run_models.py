@@ -1,9 +1,9 @@
 """What a run holds that can be scored or continued: manifests, and the models as plain shapes and weights."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from schemas.manifest import FILE_NAME, InputRef, Manifest
 from schemas.train_experts import ExpertManifest, ExpertsManifest
 from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedManifest
+from stages.artifacts.adapter_folder import read_adapted
 from stages.artifacts.model_folder import WEIGHTS, read_model, read_tensors
 
 Weights = tuple[DecoderConfig, dict[str, Tensor]]
@@ -89,10 +90,13 @@ class RunModels:
 
     @cache  # noqa: B019  # a run's models are read once per process, which ends with the command
     def decoder(self, folder: str) -> Weights:
-        """Shape and weights of `seed`, `dense` or `experts/007`. Raises UsageFailure when there is no such model."""
+        """Shape and weights of `seed`, `dense` or `experts/007`. Raises UsageFailure when there is no such model.
+
+        See `read_expert` for what a LoRA expert is and costs.
+        """
         if folder == "seed":
             return read_model(self.run_dir, self.seed)
-        return read_model(self.run_dir, ExpertManifest.read(self.run_dir, folder), folder)
+        return read_expert(self.run_dir, folder, self.seed, partial(self.decoder, "seed"))
 
     def gate_tensors(self) -> dict[str, Tensor]:
         """The gates' tensors; empty without gates."""
@@ -138,6 +142,20 @@ def routing_tensors(run_dir: Path, clusters: ClusterManifest) -> tuple[np.ndarra
     token_vectors = read_tensors(clusters.output("vectorizer.safetensors").check(run_dir))["token_vectors"]
     centroids = read_tensors(clusters.output("centroids.safetensors").check(run_dir))["centroids"]
     return token_vectors.numpy(), centroids.numpy()
+
+
+def read_expert(run_dir: Path, folder: str, seed: SeedManifest, seed_decoder: Callable[[], Weights]) -> Weights:
+    """Shape and weights of a member of `cpipe train-experts`.
+
+    A LoRA expert comes merged, as a decoder like any other: as fast as the seed, and everything that takes decoders
+    takes it. That costs memory for the weights that have an adapter, in full, for each expert; all other tensors are
+    the seed's own, shared (on the processor: each decoder moved to an accelerator is a copy).
+    """
+    manifest = ExpertManifest.read(run_dir, folder)
+    if manifest.config.lora is None:
+        return read_model(run_dir, manifest, folder)
+    shape, weights = seed_decoder()
+    return shape, read_adapted(run_dir, manifest, seed, weights)
 
 
 def expert_folder(number: int) -> str:

@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from schemas.decoder import DecoderConfig
+from schemas.train_experts import LINEARS, LoraConfig
 from stages.nn.decoder import Decoder
-from stages.nn.flops import forward_flops
+from stages.nn.flops import DecoderCosts, adapter_costs, forward_flops
 
 CONFIG = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 70,
@@ -58,3 +59,32 @@ def test_counting_leaves_the_model_as_it_was():
     before = model(ids)
     forward_flops(model, 32)
     assert torch.equal(model(ids), before)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), LINEARS])
+def test_a_step_of_adapters_leaves_out_the_gradients_of_frozen_weights(targets):
+    """Two operations per weight for the forward pass, two for the gradient of the input, two more for own weights."""
+    model, rank, length = decoder(), 4, 16
+    weights, flops = adapter_costs(model.config, LoraConfig(rank=rank, targets=targets), length)
+    sizes = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    own = {name: rank * sum(shape) for name, shape in sizes.items() if name.rsplit(".", 1)[-1] in targets}
+    assert weights == sum(own.values())
+    most = 3 * forward_flops(model, length) - 2 * sum(shape.numel() for shape in sizes.values()) + 6 * weights
+    # Below the lowest adapter, which is in the first layer, nothing needs a gradient.
+    first = sum(shape.numel() for name, shape in sizes.items() if ".0." in name) + weights // 3
+    assert most - 2 * first - 8 * length * model.config.hidden_size <= flops < most
+
+
+def test_decoders_without_adapters_cost_what_they_did():
+    costs = DecoderCosts(decoder(), 16, None, seed=100, experts=50, dense=60)
+    token = 3 * costs.forward
+    assert (costs.seed, costs.experts, costs.dense) == (100 * token, 150 * token, 160 * token)
+    assert costs.weights(2.5, 2) == round(2.5 * sum(weight.numel() for weight in decoder().parameters()))
+
+
+def test_experts_of_adapters_share_the_weights_of_the_seed_and_train_for_less():
+    lora = LoraConfig(rank=2)
+    costs = DecoderCosts(decoder(), 16, None, seed=100, experts=50, dense=60, lora=lora)
+    weights, flops = adapter_costs(decoder().config, lora, 16)
+    assert costs.experts == pytest.approx(300 * costs.forward + 50 * flops)
+    assert costs.weights(4, 3) == sum(weight.numel() for weight in decoder().parameters()) + 3 * weights
