@@ -16,6 +16,11 @@ class EvaluateConfig(Config):
         20_000, gt=0, description="Held-out tokens, at most, on which models are scored with a part left out."
     )
     top_k: tuple[int, ...] = Field((1, 2, 4), description="Numbers of experts that cBTM and the gates may mix.")
+    thresholds: tuple[float, ...] = Field(
+        (),
+        description="How far open a gate must be for its expert to be asked; a row each.",
+    )
+    top_p: tuple[float, ...] = Field((), description="Shares that the fewest experts asked add up to; a row each.")
     forgetting: float = Field(
         0.9, gt=0, le=1, description="Factor per token by which the forgetting Bayes posterior trusts older evidence."
     )

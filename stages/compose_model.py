@@ -40,9 +40,9 @@ from stages.data.batches import Rows
 from stages.data.token_store import TokenStore
 from stages.engine.loop import train
 from stages.nn.central import CentralLoss, CentralModel
-from stages.nn.composed import ComposedLoss, ComposedModel, SeedGate
+from stages.nn.composed import ComposedLoss, ComposedModel
 from stages.nn.decoder import Decoder
-from stages.nn.gates import ExpertGates
+from stages.nn.gates import ExpertGates, SeedGate
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _compose(config: ComposeConfig, run_dir: Path, upstream: Upstream, alone: Ce
     gate = None
     if upstream.gates is not None and config.gates != "none":
         vectors = read_tensors(upstream.gates.output("gates.safetensors").check(run_dir))
-        gate = SeedGate(seed, ExpertGates.from_tensors(vectors, upstream.gates.metrics.layer, config.gates))
+        gate = SeedGate(seed, ExpertGates.from_tensors(vectors, *upstream.gates.reading(config.gates)))
     torch.manual_seed(config.training.seed)
     composed = ComposedModel(central, experts, config.bridges, gate)
     if config.bridge_training.train == "bridges":

@@ -9,7 +9,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from schemas.cluster_documents import ClusterManifest
 from schemas.evaluate_models import EvaluateConfig, EvaluateManifest, EvaluateMetrics, FittedRouting, ModelRow, UsageRow
 from schemas.files import write_bytes
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_gates import GateMode
+from schemas.train_gates import Selection
 from stages.artifacts.model_folder import device
 from stages.artifacts.run_models import RunModels, expert_folder, routing_tensors
 from stages.artifacts.stage_folder import claim_folder
@@ -201,30 +201,32 @@ class Evaluation:
         return [*(count for count in self.config.top_k if count < len(self.models.experts)), None]
 
     def add_gates(self) -> None:
-        """PHATGOOSE at the input of each expert: every mode the run has, for every number of experts."""
-        gates = self.models.gates
-        if gates is None:
+        """PHATGOOSE at the input of each expert: every mode the run has, for every way to select experts."""
+        if (gates := self.models.gates) is None:
             return
-        tensors = self.models.gate_tensors()
-        seed = self._decoder("seed")
+        seed, tensors = self._decoder("seed"), self.models.gate_tensors()
+        states_ND = self.windows.collect(
+            lambda ids, _: seed.hidden_states(ids, depth=gates.metrics.layer)[-1],
+            self.config.score_batch_size,
+            "gates",
+            device(),
+        )
         for mode in gates.config.modes:
-            training = self.costs.experts + self._gate_training(mode)
-            reader = ExpertGates.from_tensors(tensors, gates.metrics.layer, mode).to(device())
-            for top_k in self._counts():
-                weights = self._gate_weights(seed, reader, top_k)
-                self._add_mixture(f"gates {mode} {_top(top_k)}", "gates", weights, training)
+            training = self.costs.experts + self.costs.gate_training(gates.metrics, mode)
+            reader = ExpertGates.from_tensors(tensors, *gates.reading(mode))
+            for selection in self._selections():
+                weights = torch.cat(list(self._gate_weights(reader, states_ND, selection)))
+                self._add_mixture(f"gates {mode} {selection}", "gates", weights, training)
 
-    def _gate_training(self, mode: GateMode) -> float:
-        """FLOPs of training the gates: forward passes of the seed and of the experts each run consults."""
-        runs = self.models.gates.metrics.runs if self.models.gates else ()
-        models_run = 1 + (len(self.models.experts) if mode == "joint" else 1)
-        return models_run * self.costs.forward * sum(run.training.tokens for run in runs if run.mode == mode)
+    def _selections(self) -> Iterator[Selection]:
+        yield from (Selection(top_k=count) for count in self._counts())
+        yield from (Selection(threshold=share) for share in self.config.thresholds)
+        yield from (Selection(top_p=share) for share in self.config.top_p)
 
-    def _gate_weights(self, seed: Decoder, gates: ExpertGates, top_k: int | None) -> Tensor:
-        def weights(ids_BT: Tensor, _: Tensor) -> Tensor:
-            return gates.log_weights(seed.hidden_states(ids_BT, depth=gates.layer)[-1], top_k)
-
-        return self.windows.collect(weights, self.config.score_batch_size, "gates", device())
+    def _gate_weights(self, gates: ExpertGates, states_ND: Tensor, selection: Selection) -> Iterator[Tensor]:
+        """Log weights [tokens, experts + 1] of each document, which the gates read from its first token on."""
+        for states_TD, ids_T in zip(self.windows.split(states_ND), self.windows.inputs(), strict=True):
+            yield gates.log_weights(gates.remembered(states_TD[None], ids_T[None]), selection)[0]
 
     def add_central_models(self) -> None:
         """The central model alone, every composition, and what both lose without their parts."""
@@ -254,8 +256,8 @@ class Evaluation:
         composed.to(device())
         tokens = manifest.metrics.training.tokens
         training = tokens * (frozen + BACKWARD_AND_FORWARD * (flops - frozen)) + central_training
-        if manifest.config.gates != "none":
-            training += self._gate_training(manifest.config.gates)
+        if manifest.config.gates != "none" and self.models.gates:
+            training += self.costs.gate_training(self.models.gates.metrics, manifest.config.gates)
         copies = manifest.config.experts == "seed-copies"
         training += self.costs.seed if copies else self.costs.experts
         count = len(self.models.experts)

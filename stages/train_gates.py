@@ -1,9 +1,12 @@
 """Train the gates: experts and seed frozen, one vector per expert learns when the expert is worth asking (PHATGOOSE).
 
-- `independent` is the paper's way: every gate alone, on its own expert's cluster; `joint` lets the gates see each other
+- `independent` is the paper's way: every gate alone, on its own expert's cluster; `joint` lets the gates see each
+  other; `contrastive` and `mean-activation` ask no expert, only the seed
 - an expert equal to its seed would leave its gate without a gradient: refused
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +18,14 @@ from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertsManifest
 from schemas.train_gates import GateMode, GateRun, GatesConfig, GatesManifest, GatesMetrics
 from schemas.train_seed import SeedManifest
-from stages.artifacts.model_folder import read_model, write_tensors
+from stages.artifacts.model_folder import device, read_model, write_tensors
 from stages.artifacts.run_models import expert_folder, read_expert
 from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import Rows
 from stages.data.token_store import TokenStore, read_table
 from stages.engine.loop import train
 from stages.nn.decoder import Decoder
-from stages.nn.gates import ExpertGates, GateLoss
+from stages.nn.gates import ContrastiveLoss, ExpertGates, GateLoss
 
 
 def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesManifest:
@@ -36,15 +39,15 @@ def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesMani
         seed = Decoder.from_weights(*read_model(run_dir, seed_manifest))
         numbers = range(experts_manifest.metrics.experts)
         experts = [_read_expert(run_dir, number, seed_manifest, seed) for number in numbers]
-        layer = _layer(config, seed)
+        layer, end = _layer(config, seed), tokens.metrics.end_of_text
         rows = _rows_of_clusters(config, run_dir, tokens, clusters)
         tensors: dict[str, torch.Tensor] = {}
         runs: list[GateRun] = []
         for mode in config.modes:
-            gates, trained = _train_mode(mode, config, layer, seed, experts, rows, claim.path)
+            gates = ExpertGates.closed(len(experts), seed.config.hidden_size, mode, layer, config.memory, end)
+            runs += _make_mode(mode, config, gates, seed, experts, rows, claim.path)
             tensors |= gates.tensors()
-            runs += trained
-        metrics = GatesMetrics(layer=layer, experts=len(experts), runs=tuple(runs))
+        metrics = GatesMetrics(layer=layer, end_of_text=end, experts=len(experts), runs=tuple(runs))
         written = [write_tensors(claim.path / "gates.safetensors", tensors, run_dir, "gates")] if claim.leader else []
         return claim.finish(written, metrics)
 
@@ -79,17 +82,21 @@ def _rows_of_clusters(
     return rows
 
 
-def _train_mode(
+def _make_mode(
     mode: GateMode,
     config: GatesConfig,
-    layer: int,
+    gates: ExpertGates,
     seed: Decoder,
     experts: list[Decoder],
     rows: dict[int | None, Rows],
     folder: Path,
-) -> tuple[ExpertGates, list[GateRun]]:
-    """All gates in one run (`joint`), or one run per expert (`independent`)."""
-    gates = ExpertGates.closed(len(experts), seed.config.hidden_size, layer, mode)
+) -> list[GateRun]:
+    """Fill the gates: all in one run, one run per expert (`independent`), or by a mean (`mean-activation`)."""
+    if mode == "mean-activation":
+        return [_take_mean(gates, seed, expert, rows[expert], config) for expert in range(len(experts))]
+    if mode == "contrastive":
+        batches = partial(_batch_of_clusters, [rows[cluster] for cluster in range(len(experts))], config)
+        return [_train_run(mode, None, ContrastiveLoss(gates, seed), batches, config, folder, "gates contrastive")]
     owners: list[int | None] = [None] if mode == "joint" else list(range(len(experts)))
     runs = []
     for own in owners:
@@ -97,22 +104,54 @@ def _train_mode(
             vector.requires_grad_(own in (None, number))
         loss = GateLoss(gates, seed, experts if own is None else [experts[own]], own)
         label = "gates joint" if own is None else f"gate {own:03d}"
-        runs.append(_train_run(mode, own, loss, rows[own], config, folder / label.replace(" ", "-"), label))
-    return gates, runs
+        runs.append(_train_run(mode, own, loss, partial(_batch, rows[own], config), config, folder, label))
+    return runs
+
+
+def _batch(rows: Rows, config: GatesConfig, step: int) -> torch.Tensor:
+    return rows.batch(step, config.training.batch_size, config.training.seed + 2)
+
+
+def _batch_of_clusters(rows: list[Rows], config: GatesConfig, step: int) -> torch.Tensor:
+    """Rows of each cluster in turn, and in a last column the cluster."""
+    places = range(step * config.training.batch_size, (step + 1) * config.training.batch_size)
+    drawn = [rows[place % len(rows)].batch(place // len(rows), 1, config.training.seed + 2) for place in places]
+    labels = torch.tensor([place % len(rows) for place in places])
+    return torch.cat([torch.cat(drawn), labels[:, None]], 1)
 
 
 def _train_run(
-    mode: GateMode, own: int | None, loss: GateLoss, rows: Rows, config: GatesConfig, folder: Path, label: str
+    mode: GateMode,
+    own: int | None,
+    loss: GateLoss | ContrastiveLoss,
+    batch_at: Callable[[int], torch.Tensor],
+    config: GatesConfig,
+    folder: Path,
+    label: str,
 ) -> GateRun:
-    training = config.training
-    folder.mkdir(exist_ok=True)
-    metrics = train(
-        loss, lambda step: rows.batch(step, training.batch_size, training.seed + 2), training, folder, label
-    )
+    place = folder / label.replace(" ", "-")
+    place.mkdir(exist_ok=True)
+    metrics = train(loss, batch_at, config.training, place, label)
     with torch.no_grad():
-        parts = loss.cpu()(rows.batch(training.steps, training.batch_size, training.seed + 2))
+        parts = loss.cpu()(batch_at(config.training.steps))
     openness = tuple(round(float(parts[name]), 4) for name in sorted(parts, key=_slot) if name != "loss")
-    return GateRun(mode=mode, expert=own, openness=openness, training=metrics)
+    return GateRun(mode=mode, expert=own, openness=openness, tokens=metrics.tokens, training=metrics)
+
+
+def _take_mean(gates: ExpertGates, seed: Decoder, expert: int, rows: Rows, config: GatesConfig) -> GateRun:
+    """Set a vector to the mean of what the gates read in the expert's cluster, over as many rows as others train on."""
+    training = config.training
+    share = -(-training.batch_size // len(gates.vectors))
+    total = torch.zeros(seed.config.hidden_size)
+    seed.to(device())
+    for step in range(training.steps):
+        ids_BT = rows.batch(step, share, training.seed + 2)[:, :-1]
+        with torch.no_grad():
+            total += gates.read(seed, ids_BT.to(device())).mean((0, 1)).cpu() / training.steps
+    seed.cpu()
+    gates.vectors[expert].data.copy_(total)
+    tokens = training.steps * share * training.sequence_length
+    return GateRun(mode="mean-activation", expert=expert, openness=(), tokens=tokens, training=None)
 
 
 def _slot(name: str) -> int:

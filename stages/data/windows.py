@@ -48,6 +48,11 @@ class Windows:
         """The ids of each document."""
         return map(self.document_tokens, range(len(self.documents)))
 
+    def inputs(self) -> Iterator[Tensor]:
+        """The token before each token of a document, int64 [tokens]: the separator first."""
+        for document in self.texts():
+            yield torch.from_numpy(np.append(self._end_of_text, document[:-1]).astype(np.int64))
+
     def split(self, values: Tensor) -> list[Tensor]:
         """Values of all tokens [N, …] by document."""
         return list(values.split(self.lengths.tolist()))

@@ -12,7 +12,7 @@ expert.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ from stages.nn.central import (
     token_site,
 )
 from stages.nn.decoder import Decoder, token_log_probs
-from stages.nn.gates import ExpertGates
+from stages.nn.fading import fading_sums
+from stages.nn.gates import ExpertGates, SeedGate
 
 FADING = (0.8, 0.95, 0.99)  # what is left of the evidence of the token before
 
@@ -41,28 +42,11 @@ FADING = (0.8, 0.95, 0.99)  # what is left of the evidence of the token before
 class Gate(Protocol):
     """What says, from tokens alone, how much each expert is worth at each of them; may keep a cache of its own."""
 
-    def new_cache(self) -> StackCache:
+    def new_cache(self) -> Any:
         """An empty cache."""
 
-    def __call__(self, ids_BT: Tensor, cache: StackCache | None = None) -> Tensor:
+    def __call__(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
         """Log-weights [B, T, X], from the tokens up to each."""
-
-
-class SeedGate(nn.Module):
-    """The expert-level gates, which read an early hidden state of the seed."""
-
-    def __init__(self, seed: Decoder, gates: ExpertGates) -> None:
-        super().__init__()
-        self.seed = seed
-        self.gates = gates
-
-    def new_cache(self) -> StackCache:
-        """See Gate."""
-        return self.seed.new_cache()
-
-    def forward(self, ids_BT: Tensor, cache: StackCache | None = None) -> Tensor:
-        """See Gate. The slot "none of them" is left out: each bridge decides itself how far it opens."""
-        return self.gates.log_weights(self.seed.hidden_states(ids_BT, cache, self.gates.layer)[-1])[..., 1:]
 
 
 @dataclass
@@ -79,7 +63,7 @@ class ComposedCache:
 
     central: CentralCache
     experts: list[StackCache]
-    gate: StackCache | None
+    gate: Any
     bridges: dict[str, CalmCache]
     evidence: EvidenceCache
 
@@ -198,9 +182,9 @@ class ComposedModel(nn.Module):
         weights: dict[str, Tensor],
         experts: Sequence[tuple[DecoderConfig, dict[str, Tensor]]],
         seed: tuple[DecoderConfig, dict[str, Tensor]],
-        gate: tuple[dict[str, Tensor], int, GateMode] | None,
+        gate: tuple[dict[str, Tensor], GateMode, int, float, int] | None,
     ) -> Self:
-        """A composed model from what is on disk: decoders as (shape, weights), gates as (tensors, layer, mode)."""
+        """A composed model from what is on disk: decoders as (shape, weights), gates as `ExpertGates` reads them."""
         decoders = [Decoder.from_weights(*expert) for expert in experts]
         if gate is None:
             return cls.from_weights(central, bridges, weights, decoders)
@@ -260,22 +244,11 @@ class ComposedModel(nn.Module):
         cache.last_XBE = [final_BTE[:, -1] for final_BTE in final_XBTE]
         likelihood_BTX = torch.stack(likelihoods, -1)
         likelihood_BTX = likelihood_BTX - likelihood_BTX.mean(-1, keepdim=True)  # only differences count
-        evidence_BTXF = torch.stack([_faded(likelihood_BTX, fading) for fading in FADING], -1)
-        if cache.evidence_BXF is not None:
-            age_T = torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device, dtype=torch.float32)
-            fading_F = torch.tensor(FADING, device=ids_BT.device)
-            evidence_BTXF = evidence_BTXF + cache.evidence_BXF[:, None] * (fading_F ** age_T[:, None])[:, None]
+        before = [None] * len(FADING) if cache.evidence_BXF is None else cache.evidence_BXF.unbind(-1)
+        sums = (fading_sums(likelihood_BTX, fading, None, old) for fading, old in zip(FADING, before, strict=True))
+        evidence_BTXF = torch.stack(list(sums), -1)
         cache.evidence_BXF = evidence_BTXF[:, -1]
         return evidence_BTXF
-
-
-def _faded(x_BTX: Tensor, fading: float) -> Tensor:
-    """y_t = x_t + fading · y_{t-1}, as one product with a triangle of powers; fp32 also under autocast."""
-    age_T = torch.arange(x_BTX.shape[1], device=x_BTX.device, dtype=torch.float32)
-    age_TS = age_T[:, None] - age_T
-    power_TS = torch.where(age_TS >= 0, fading ** age_TS.clamp(min=0), 0.0)
-    with torch.autocast(x_BTX.device.type, enabled=False):
-        return power_TS @ x_BTX
 
 
 class ComposedLoss(nn.Module):

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from schemas.decoder import DecoderConfig
 from schemas.train_experts import LoraConfig
+from schemas.train_gates import GateMode, GatesMetrics
 from stages.nn.decoder import Decoder
 from stages.nn.lora import add_adapters
 
@@ -73,6 +74,12 @@ class DecoderCosts:
         if lora:
             self._adapters, expert_token = adapter_costs(decoder.config, lora, length)
             self.experts = self.seed + expert_token * experts
+
+    def gate_training(self, gates: GatesMetrics, mode: GateMode) -> float:
+        """Of all gates of a mode: forward passes of what they read, and of the models they weigh."""
+        models = {"independent": 2, "joint": 1 + gates.experts}
+        token = models[mode] * self.forward if mode in models else self.gates
+        return token * sum(run.tokens for run in gates.runs if run.mode == mode)
 
     def weights(self, models: float, experts: float) -> int:
         """Different weights in so many models, `experts` of them experts: those of LoRA share the seed's."""

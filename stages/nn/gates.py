@@ -1,21 +1,30 @@
-"""Expert-level PHATGOOSE gates: one vector per expert reads the seed's hidden state and opens or closes the expert.
+"""PHATGOOSE gates: one vector per expert reads a hidden state and tells when the expert is worth asking.
 
-Shape letters: B batch, T tokens, D seed width, X experts.
+Shape letters: B batch, T tokens, N tokens in one line, D width of the state read, X experts.
 
-- the paper gates LoRA modules inside one model; here the expert is a whole model, and the gate mixes probabilities:
-  p = (1 - g) p_seed + g p_expert with g = sigmoid(v · u)
+- the paper gates LoRA updates inside one model (see `stages.nn.routed`); where an expert is a whole model, its gate
+  mixes probabilities: p = (1 - g) p_seed + g p_expert with g = sigmoid(v · u)
 - u is normalised (no learned scale) while training too, so that vectors of different experts compare on equal terms
 - `independent` (Muqeeth et al. 2024, section 3): each vector sees its own expert and cluster only; at use the scores
-  are v̂ · û / sqrt(D) of the normalised vectors, top-k, softmax. There is no slot for "none of them"
+  are v̂ · û / sqrt(D) of the normalised vectors. There is no slot for "none of them"
 - `joint`: the same vectors and a bias, all experts present, one softmax in which the seed has a slot of score 0
+- `contrastive`: a vector and a bias tell the expert's own cluster from the others, by the seed's states alone
+- `mean-activation`: the mean state of the expert's cluster, used like an independent vector; nothing is trained
 """
+
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from schemas.train_gates import GateMode
+from schemas.train_gates import GateMode, Selection
+from stages.nn.attention import StackCache
 from stages.nn.decoder import Decoder, token_log_probs
+from stages.nn.fading import fading_sums
+
+ALL = Selection()
 
 
 def normalise(x_BTD: Tensor) -> Tensor:
@@ -24,58 +33,159 @@ def normalise(x_BTD: Tensor) -> Tensor:
     return centred_BTD * torch.rsqrt(centred_BTD.square().mean(-1, keepdim=True).clamp_min(1e-30))
 
 
-class ExpertGates(nn.Module):
-    """The gates of X experts, reading the seed's hidden state after `layer` layers."""
+class Gates(nn.Module):
+    """The gates of X experts at one place."""
 
-    def __init__(self, vectors_XD: Tensor, bias_X: Tensor, layer: int, mode: GateMode) -> None:
+    def __init__(self, vectors_XD: Tensor, bias_X: Tensor, mode: GateMode) -> None:
         super().__init__()
+        if mode not in get_args(GateMode):
+            raise ValueError(f"{mode!r} is no mode of gates")
         # One parameter per expert: adding an expert leaves the others' as they are, and a vector gets no weight decay.
         self.vectors = nn.ParameterList([vector_D.clone() for vector_D in vectors_XD])
-        self.bias = nn.Parameter(bias_X.clone(), requires_grad=mode == "joint")
-        self.layer = layer
+        self.bias = nn.Parameter(bias_X.clone(), requires_grad=mode in ("joint", "contrastive"))
         self.mode = mode
 
-    @classmethod
-    def closed(cls, experts: int, width: int, layer: int, mode: GateMode) -> "ExpertGates":
-        """Gates at their start: all zero, so g is a half and all experts are equal."""
-        return cls(torch.zeros(experts, width), torch.zeros(experts), layer, mode)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is saved: `<mode>.vectors` [X, D], `<mode>.bias` [X]."""
-        vectors_XD = torch.stack([vector_D.detach() for vector_D in self.vectors])
-        return {f"{self.mode}.vectors": vectors_XD, f"{self.mode}.bias": self.bias.detach()}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], layer: int, mode: GateMode) -> "ExpertGates":
-        """The inverse of `tensors`, frozen."""
-        return cls(tensors[f"{mode}.vectors"], tensors[f"{mode}.bias"], layer, mode).requires_grad_(False)
+    def stacked(self) -> Tensor:
+        """The vectors [X, D] in fp32."""
+        return torch.stack(list(self.vectors)).float()
 
     def scores(self, u_BTD: Tensor) -> Tensor:
         """Raw scores [B, T, X] of the training formulas: v · û + bias."""
-        vectors_XD = torch.stack(list(self.vectors))
-        return normalise(u_BTD) @ vectors_XD.float().T + self.bias.float()
+        return normalise(u_BTD) @ self.stacked().T + self.bias.float()
 
-    def log_weights(self, u_BTD: Tensor, top_k: int | None = None) -> Tensor:
-        """Log of the mixture weights [B, T, X + 1] at use; slot 0 is the seed ("none of them").
+    def training_log_weights(self, u_BTD: Tensor, own: int | None) -> Tensor:
+        """Log weights [B, T, X + 1] while training: of the seed and expert `own` alone, or of all together (None)."""
+        score_BTX = self.scores(u_BTD)
+        if own is None:
+            return F.pad(score_BTX, (1, 0)).log_softmax(-1)
+        closed_BTX = torch.full_like(score_BTX, -torch.inf)
+        closed_BTX[..., own] = F.logsigmoid(score_BTX[..., own])
+        return torch.cat([F.logsigmoid(-score_BTX[..., own, None]), closed_BTX], -1)
 
-        `top_k`: only the k experts of highest score share the weight; the seed's slot always takes part where there is
-        one.
+    def log_weights(self, u_BTD: Tensor, selection: Selection = ALL) -> Tensor:
+        """Log weights [B, T, X + 1] at use; slot 0 is the seed ("none of them").
+
+        Only selected experts have weight. The seed's slot takes part where the mode has one, and otherwise where no
+        expert is selected.
         """
+        score_BTX = self._scores_at_use(u_BTD)
+        slot = 0.0 if self.mode == "joint" else -torch.inf
+        score_BTS = F.pad(score_BTX, (1, 0), value=slot)
+        kept_BTX = select(score_BTS, self._openness(u_BTD, score_BTS), selection)
+        none_BT1 = ~kept_BTX.any(-1, keepdim=True)
+        kept_BTS = torch.cat([none_BT1 | (slot == 0.0), kept_BTX], -1)
+        score_BTS = torch.where(none_BT1, F.pad(score_BTX, (1, 0)), score_BTS)
+        return score_BTS.masked_fill(~kept_BTS, -torch.inf).log_softmax(-1)
+
+    def _scores_at_use(self, u_BTD: Tensor) -> Tensor:
+        """Scores [B, T, X] of which the weights are a softmax."""
+        if self.mode in ("joint", "contrastive"):
+            return self.scores(u_BTD)
+        return normalise(u_BTD) @ normalise(self.stacked()).T / u_BTD.shape[-1] ** 0.5
+
+    def _openness(self, u_BTD: Tensor, score_BTS: Tensor) -> Tensor:
+        """What a threshold is compared with [B, T, X]: an independent gate's sigmoid, else a share of the softmax."""
         if self.mode == "independent":
-            vectors_XD = normalise(torch.stack(list(self.vectors)))
-            score_BTX = normalise(u_BTD) @ vectors_XD.T / u_BTD.shape[-1] ** 0.5
-            seed_BT1 = torch.full_like(score_BTX[..., :1], -torch.inf)
-        else:
-            score_BTX = self.scores(u_BTD)
-            seed_BT1 = torch.zeros_like(score_BTX[..., :1])
-        if top_k is not None and top_k < score_BTX.shape[-1]:
-            kept = score_BTX.topk(top_k, -1)  # by place, not by a threshold, under which equal scores would all stay
-            score_BTX = torch.full_like(score_BTX, -torch.inf).scatter(-1, kept.indices, kept.values)
-        return torch.cat([seed_BT1, score_BTX], -1).log_softmax(-1)
+            return self.scores(u_BTD).sigmoid()
+        return score_BTS.softmax(-1)[..., 1:]
+
+
+def select(score_BTS: Tensor, openness_BTX: Tensor, selection: Selection) -> Tensor:
+    """Which experts are asked, bool [B, T, X], of scores with the seed's slot [B, T, X + 1]."""
+    kept_BTX = torch.ones_like(openness_BTX, dtype=torch.bool)
+    experts = openness_BTX.shape[-1]
+    if selection.threshold is not None:
+        kept_BTX = openness_BTX >= selection.threshold
+    if selection.top_p is not None:
+        share_BTS, order_BTS = score_BTS.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        before_BTS = share_BTS.cumsum(-1) - share_BTS
+        within_BTS = torch.zeros_like(score_BTS, dtype=torch.bool).scatter(-1, order_BTS, before_BTS < selection.top_p)
+        kept_BTX = kept_BTX & within_BTS[..., 1:]
+    if selection.top_k is not None and selection.top_k < experts:
+        # By place, not by a score to reach, under which equal scores would all stay.
+        best_BTK = score_BTS[..., 1:].topk(selection.top_k, -1).indices
+        kept_BTX = kept_BTX & torch.zeros_like(kept_BTX).scatter(-1, best_BTK, True)
+    return kept_BTX
+
+
+class ExpertGates(Gates):
+    """Gates at the input of each expert, reading the seed's hidden states after `layer` layers.
+
+    They read the fading sum of a document's states so far, each normalised: what a text is about is in all of it, and
+    with a memory of 0, as in the paper, a gate has to guess it from one token's state.
+    """
+
+    def __init__(
+        self, vectors_XD: Tensor, bias_X: Tensor, mode: GateMode, layer: int, memory: float, end_of_text: int
+    ) -> None:
+        """`memory`: share of the past that is kept per token; `end_of_text`: id of the token before each document."""
+        super().__init__(vectors_XD, bias_X, mode)
+        self.layer = layer
+        self.memory = memory
+        self.end_of_text = end_of_text
+
+    @classmethod
+    def closed(
+        cls, experts: int, width: int, mode: GateMode, layer: int, memory: float, end_of_text: int
+    ) -> "ExpertGates":
+        """Gates at their start: all zero, so g is a half and all experts are equal."""
+        return cls(torch.zeros(experts, width), torch.zeros(experts), mode, layer, memory, end_of_text)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved: `<mode>.vectors` [X, D], `<mode>.bias` [X]."""
+        return {f"{self.mode}.vectors": self.stacked().detach(), f"{self.mode}.bias": self.bias.detach()}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], mode: GateMode, layer: int, memory: float, end_of_text: int
+    ) -> "ExpertGates":
+        """The inverse of `tensors`, frozen."""
+        gates = cls(tensors[f"{mode}.vectors"], tensors[f"{mode}.bias"], mode, layer, memory, end_of_text)
+        return gates.requires_grad_(False)
+
+    def remembered(self, u_BTD: Tensor, ids_BT: Tensor, before_BD: Tensor | None = None) -> Tensor:
+        """What the gates read at each token [B, T, D]: the sum of the normalised states up to it.
+
+        `u_BTD`: the seed's states at the tokens `ids_BT`. `before_BD`: what was read at the token before the first.
+        """
+        return fading_sums(normalise(u_BTD), self.memory, ids_BT == self.end_of_text, before_BD)
+
+    def read(self, seed: Decoder, ids_BT: Tensor) -> Tensor:
+        """`remembered` of a text from its first token on, normalised."""
+        return normalise(self.remembered(seed.hidden_states(ids_BT, depth=self.layer)[-1], ids_BT))
+
+
+@dataclass
+class GateCache:
+    """The seed's caches, and what the gates read at the last token."""
+
+    seed: StackCache
+    read_BD: Tensor | None = None
+
+
+class SeedGate(nn.Module):
+    """The expert-level gates, which read an early hidden state of the seed."""
+
+    def __init__(self, seed: Decoder, gates: ExpertGates) -> None:
+        super().__init__()
+        self.seed = seed
+        self.gates = gates
+
+    def new_cache(self) -> GateCache:
+        """An empty cache."""
+        return GateCache(self.seed.new_cache())
+
+    def forward(self, ids_BT: Tensor, cache: GateCache | None = None) -> Tensor:
+        """Log-weights [B, T, X]. The slot "none of them" is left out: a bridge decides itself how far it opens."""
+        cache = self.new_cache() if cache is None else cache
+        u_BTD = self.seed.hidden_states(ids_BT, cache.seed, self.gates.layer)[-1]
+        read_BTD = self.gates.remembered(u_BTD, ids_BT, cache.read_BD)
+        cache.read_BD = read_BTD[:, -1]
+        return self.gates.log_weights(read_BTD)[..., 1:]
 
 
 class GateLoss(nn.Module):
-    """Loss of the gates over frozen models: cross-entropy of the mixture they make, in nats per token.
+    """Loss of expert gates over frozen models: cross-entropy of the mixture they make, in nats per token.
 
     `own`: the one expert whose gate is trained (`independent`); None trains all gates together (`joint`).
     """
@@ -94,12 +204,30 @@ class GateLoss(nn.Module):
             states = self.seed.hidden_states(ids_BT)
             seed_BT = token_log_probs(self.seed.lm_head(states[-1]), target_BT)
             expert_BTX = torch.stack([token_log_probs(e(ids_BT), target_BT) for e in self.experts], -1)
-        score_BTX = self.gates.scores(states[self.gates.layer])
-        if self.own is None:
-            weight_BTX = F.pad(score_BTX, (1, 0)).log_softmax(-1)
-        else:
-            score_BT = score_BTX[..., self.own]
-            weight_BTX = torch.stack([F.logsigmoid(-score_BT), F.logsigmoid(score_BT)], -1)
+        read_BTD = self.gates.remembered(states[self.gates.layer], ids_BT)
+        weight_BTX = self.gates.training_log_weights(read_BTD, self.own)
+        if self.own is not None:
+            weight_BTX = weight_BTX[..., [0, self.own + 1]]
         mixture_BT = (weight_BTX + torch.cat([seed_BT[..., None], expert_BTX], -1)).logsumexp(-1)
         open_X = weight_BTX.detach().exp().mean((0, 1))
         return {"loss": -mixture_BT.mean(), **{f"open_{slot}": share for slot, share in enumerate(open_X)}}
+
+
+class ContrastiveLoss(nn.Module):
+    """Loss of expert gates that tell their own cluster from the others: binary cross-entropy in nats, mean over gates.
+
+    Each gate's loss is its own, so they are what they would be if each were trained alone.
+    """
+
+    def __init__(self, gates: ExpertGates, seed: Decoder) -> None:
+        super().__init__()
+        self.gates = gates
+        self.seed = seed
+
+    def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
+        """`row_BT`: T = sequence length + 1 token ids and, last, the cluster of the row's documents."""
+        with torch.no_grad():
+            read_BTD = self.gates.read(self.seed, row_BT[:, :-2])
+        score_BTX = self.gates.scores(read_BTD)
+        own_BTX = F.one_hot(row_BT[:, -1:], score_BTX.shape[-1]).expand_as(score_BTX)
+        return {"loss": F.binary_cross_entropy_with_logits(score_BTX, own_BTX.float())}

@@ -58,7 +58,9 @@ def experts_of(scores):
 
 def test_every_model_of_the_run_has_a_row(rows):
     best = next(name for name in rows if name.startswith("best single expert"))
-    gates = {f"gates {mode} {top}" for mode in ("independent", "joint") for top in ("top-1", "top-2", "all")}
+    gates = {
+        f"gates {mode} {top}" for mode in ("independent", "joint", "contrastive") for top in ("top-1", "top-2", "all")
+    }
     assert set(rows) == gates | {
         "seed", "dense", "weight average", best, "oracle expert per document", "uniform ensemble", "cBTM top-1",
         "cBTM top-2", "cBTM all", "Bayes posterior", "forgetting posterior", "central alone", "composed stitch",
@@ -103,6 +105,25 @@ def test_cbtm_weighs_experts_by_the_text_before(evaluated_run, rows, scores):
     log_weights = torch.from_numpy(np.stack(weights)).log_softmax(-1)
     expected = (log_weights + experts_of(scores)).logsumexp(-1)
     assert rows["cBTM all"].bits_per_byte == pytest.approx(bits(scores, expected), abs=5e-5)
+
+
+def test_gates_weigh_experts_by_the_document_so_far_over_windows(evaluated_run, rows, scores):
+    tokens, models = TokenizeManifest.read(evaluated_run), RunModels.find(evaluated_run)
+    store = TokenStore.open([evaluated_run / ref.path for ref in tokens.shards("valid")])
+    seed, gates = Decoder.from_weights(*models.decoder("seed")), models.gate_tensors()
+    weights = []
+    for document in choose_documents(store, 1200):
+        text = torch.tensor([tokens.metrics.end_of_text, *store.tokens(document).tolist()])
+        total = torch.zeros(32)
+        for start in range(0, len(text) - 1, 32):
+            for u in seed.hidden_states(text[None, start : min(start + 32, len(text) - 1)], depth=1)[-1][0]:
+                total = 0.99 * total + (u - u.mean()) / u.std(correction=0)
+                read = (total - total.mean()) / total.std(correction=0)
+                score = gates["joint.vectors"] @ read + gates["joint.bias"]
+                weights.append(torch.cat([torch.zeros(1), score]).softmax(0))
+    both = torch.cat([scores["seed"][:, None], experts_of(scores)], -1)
+    mixed = (torch.stack(weights).log() + both).logsumexp(-1)
+    assert rows["gates joint all"].bits_per_byte == pytest.approx(bits(scores, mixed), abs=1e-5)
 
 
 def test_the_oracle_is_a_bound_for_every_choice_of_one_expert(rows):

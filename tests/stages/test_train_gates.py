@@ -1,5 +1,6 @@
 import copy
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from schemas.failures import InputFailure, IntegrityFailure, UsageFailure
 from schemas.files import digest_of
 from schemas.train_experts import ExpertsConfig
-from schemas.train_gates import GatesConfig, GatesManifest
+from schemas.train_gates import GateMode, GatesConfig, GatesManifest
 from schemas.training import TrainingConfig
 from stages import train_experts, train_gates
 from stages.artifacts.model_folder import checksum, read_tensors
@@ -19,7 +20,7 @@ TRAINING = TrainingConfig(
 
 @pytest.fixture(scope="module")
 def config():
-    return GatesConfig(training=TRAINING)
+    return GatesConfig(modes=get_args(GateMode), training=TRAINING)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +59,19 @@ def test_the_manifest_says_what_was_done(gated_run, config):
     assert manifest.metrics.layer == 1  # half of two
     assert manifest.metrics.experts == 3
     assert [(run.mode, run.expert) for run in manifest.metrics.runs] == [
-        ("independent", 0), ("independent", 1), ("independent", 2), ("joint", None),
+        ("independent", 0), ("independent", 1), ("independent", 2), ("joint", None), ("contrastive", None),
+        ("mean-activation", 0), ("mean-activation", 1), ("mean-activation", 2),
     ]  # fmt: skip
-    for run in manifest.metrics.runs:
+    for run in manifest.metrics.runs[:4]:
         assert sum(run.openness) == pytest.approx(1, abs=1e-3)
         assert len(run.openness) == (4 if run.mode == "joint" else 2)
+    for run in manifest.metrics.runs:
+        asked = TRAINING.steps * TRAINING.batch_size * TRAINING.sequence_length
+        assert run.tokens == (asked // 3 if run.mode == "mean-activation" else asked)
+        assert (run.training is None) == (run.mode == "mean-activation")
     assert {name: tuple(tensor.shape) for name, tensor in gates_of(gated_run).items()} == {
-        "independent.bias": (3,), "independent.vectors": (3, 32), "joint.bias": (3,), "joint.vectors": (3, 32),
-    }  # fmt: skip
+        f"{mode}.{name}": shape for mode in get_args(GateMode) for name, shape in (("bias", (3,)), ("vectors", (3, 32)))
+    }
 
 
 def test_trained_gates_mix_better_than_closed_ones(expert_run, copied_run, config, calls):
@@ -83,10 +89,10 @@ def test_trained_gates_mix_better_than_closed_ones(expert_run, copied_run, confi
 
 def test_every_vector_has_learnt_and_independent_gates_have_no_bias(gated_run):
     gates = gates_of(gated_run)
-    for mode in ("independent", "joint"):
+    for mode in get_args(GateMode):
         assert (gates[f"{mode}.vectors"].abs().amax(1) > 0).all()
-    assert (gates["independent.bias"] == 0).all()
-    assert (gates["joint.bias"] != 0).all()
+    for mode in get_args(GateMode):
+        assert (gates[f"{mode}.bias"] != 0).all() == (mode in ("joint", "contrastive"))
 
 
 def test_seed_and_experts_stay_as_they_are(expert_run, copied_run, config, calls, monkeypatch):
@@ -97,7 +103,10 @@ def test_seed_and_experts_stay_as_they_are(expert_run, copied_run, config, calls
     real = train_gates.train
 
     def check(module, batch_at, config, folder, label):
-        models = {"seed": module.seed, **{str(number): expert for number, expert in enumerate(module.experts)}}
+        models = {
+            "seed": module.seed,
+            **{str(number): expert for number, expert in enumerate(getattr(module, "experts", []))},
+        }
         sums[label] = {name: checksum(model.weights()) for name, model in models.items()}
         metrics = real(module, batch_at, config, folder, label)
         assert {name: checksum(model.weights()) for name, model in models.items()} == sums[label]
@@ -105,7 +114,7 @@ def test_seed_and_experts_stay_as_they_are(expert_run, copied_run, config, calls
 
     monkeypatch.setattr(train_gates, "train", check)
     train_gates.run(config, run_dir)
-    assert list(sums) == ["gate 000", "gate 001", "gate 002", "gates joint"]
+    assert list(sums) == ["gate 000", "gate 001", "gate 002", "gates joint", "gates contrastive"]
     assert weights_on_disk(run_dir) == on_disk
 
 
@@ -211,3 +220,24 @@ def test_interrupted_between_gates_it_ends_with_the_same_bytes(gated_run, expert
         patched.setattr(train_gates, "train", interrupted)
         train_gates.run(config, run_dir)
     assert train_gates.run(config, run_dir).outputs == GatesManifest.read(gated_run).outputs
+
+
+def test_contrastive_gates_know_their_clusters_and_mean_vectors_are_means(expert_run, copied_run, config, calls):
+    run_dir = copied_run(expert_run)
+    train_gates.run(config, run_dir)
+    module, batch_at = calls["gates contrastive"]
+    rows = torch.cat([batch_at(step) for step in range(100, 110)])
+    ids, clusters = rows[:, :-2], rows[:, -1]
+    assert clusters.bincount().tolist() == [20, 20, 20]
+    with torch.no_grad():
+        read = module.gates.read(module.seed, ids)
+        found = module.gates.scores(read).argmax(-1)
+    assert (found == clusters[:, None]).float().mean() > 0.8
+    single = calls["gate 001"][1]
+    total = torch.zeros(32)
+    for step in range(TRAINING.steps):  # a third of the rows that the independent gate saw
+        with torch.no_grad():
+            total += module.gates.read(module.seed, single(step)[:, :-1].reshape(6, -1)).mean((0, 1))
+    expected = total / TRAINING.steps
+    found = gates_of(run_dir)["mean-activation.vectors"][1]
+    assert torch.cosine_similarity(found, expected, 0) > 0.99

@@ -8,9 +8,9 @@ from schemas.compose_model import BridgeConfig, CentralConfig, CentralShape
 from schemas.decoder import DecoderConfig
 from stages.nn.attention import RMSNorm
 from stages.nn.central import CentralModel
-from stages.nn.composed import FADING, ComposedLoss, ComposedModel, SeedGate, site_depths
+from stages.nn.composed import FADING, ComposedLoss, ComposedModel, site_depths
 from stages.nn.decoder import Decoder, token_log_probs
-from stages.nn.gates import ExpertGates
+from stages.nn.gates import ExpertGates, SeedGate
 
 VOCAB = 29
 SEED = DecoderConfig(
@@ -37,7 +37,7 @@ def make(bridge="stitch", *, gate=True, experts=(SEED, OTHER), evidence=True, sh
     torch.manual_seed(0)
     central = CentralModel(CentralConfig.beside(shape, SEED))
     frozen = [loud(Decoder(config)).eval() for config in experts]
-    gates = ExpertGates(torch.randn(len(experts), 16), torch.zeros(len(experts)), 2, "joint")
+    gates = ExpertGates(torch.randn(len(experts), 16), torch.zeros(len(experts)), "joint", 2, 0.9, 0)
     config = BridgeConfig(bridge=bridge, token_sites=2, latent_sites=2, evidence=evidence)
     model = ComposedModel(central, frozen, config, SeedGate(loud(Decoder(SEED)), gates) if gate else None)
     if shake:

@@ -1,13 +1,17 @@
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 from schemas.decoder import DecoderConfig
+from schemas.train_gates import GateMode, Selection
 from stages.nn.decoder import Decoder
-from stages.nn.gates import ExpertGates, GateLoss, normalise
+from stages.nn.gates import ContrastiveLoss, ExpertGates, GateLoss, SeedGate, normalise
 
 VOCAB, WIDTH = 19, 16
-MODES = pytest.mark.parametrize("mode", ["independent", "joint"])
+END = VOCAB  # no token of the texts here begins a document
+MODES = pytest.mark.parametrize("mode", get_args(GateMode))
 CONFIG = DecoderConfig(
     vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
     num_key_value_heads=1,
@@ -26,11 +30,10 @@ def models(experts=3):
     return loud(0), [loud(number + 1) for number in range(experts)]
 
 
-def some_gates(mode, experts=3, layer=2):
+def some_gates(mode, experts=3, layer=2, size=1.0, memory=0.0):
     draw = torch.Generator().manual_seed(9)
-    return ExpertGates(
-        torch.randn(experts, WIDTH, generator=draw), torch.randn(experts, generator=draw), layer, mode
-    ).requires_grad_(False)  # fmt: skip
+    vectors, bias = torch.randn(experts, WIDTH, generator=draw) * size, torch.randn(experts, generator=draw)
+    return ExpertGates(vectors, bias, mode, layer, memory, END).requires_grad_(False)
 
 
 def some_states(scale=1.0):
@@ -59,16 +62,16 @@ def test_normalising_is_layer_norm_without_scale_and_a_zero_vector_stays_zero():
 @pytest.mark.parametrize("experts", [1, 3])
 def test_closed_gates_are_uniform(experts):
     u = some_states()
-    joint = ExpertGates.closed(experts, WIDTH, 2, "joint").log_weights(u).exp()
+    joint = ExpertGates.closed(experts, WIDTH, "joint", 2, 0.0, END).log_weights(u).exp()
     torch.testing.assert_close(joint, torch.full((2, 7, experts + 1), 1 / (experts + 1)))
-    alone = ExpertGates.closed(experts, WIDTH, 2, "independent").log_weights(u).exp()
+    alone = ExpertGates.closed(experts, WIDTH, "independent", 2, 0.0, END).log_weights(u).exp()
     torch.testing.assert_close(alone[..., 1:], torch.full((2, 7, experts), 1 / experts))
     assert (alone[..., 0] == 0).all()
 
 
 def test_closed_gates_open_to_a_half_while_training_alone():
     seed, experts = models(1)
-    parts = GateLoss(ExpertGates.closed(1, WIDTH, 2, "independent"), seed, experts, own=0)(some_rows())
+    parts = GateLoss(ExpertGates.closed(1, WIDTH, "independent", 2, 0.0, END), seed, experts, own=0)(some_rows())
     assert parts["open_0"].item() == pytest.approx(0.5)
     assert parts["open_1"].item() == pytest.approx(0.5)
 
@@ -76,7 +79,7 @@ def test_closed_gates_open_to_a_half_while_training_alone():
 @MODES
 @pytest.mark.parametrize("top_k", [None, 1, 2, 3, 5])
 def test_weights_sum_to_one(mode, top_k):
-    log_weights = some_gates(mode).log_weights(some_states(), top_k)
+    log_weights = some_gates(mode).log_weights(some_states(), Selection(top_k=top_k))
     torch.testing.assert_close(log_weights.exp().sum(-1), torch.ones(2, 7))
     assert log_weights.shape == (2, 7, 4)
 
@@ -85,8 +88,8 @@ def test_weights_sum_to_one(mode, top_k):
 @pytest.mark.parametrize("gates", [some_gates("independent"), some_gates("joint"), None], ids=["alone", "joint", "tie"])
 def test_top_k_keeps_k_experts(top_k, gates):
     mode = "joint" if gates is None else gates.mode
-    gates = gates or ExpertGates.closed(3, WIDTH, 2, "joint")  # all scores are equal
-    weights = gates.log_weights(some_states(), top_k).exp()
+    gates = gates or ExpertGates.closed(3, WIDTH, "joint", 2, 0.0, END)  # all scores are equal
+    weights = gates.log_weights(some_states(), Selection(top_k=top_k)).exp()
     assert ((weights[..., 1:] > 0).sum(-1) == top_k).all()
     assert ((weights[..., 0] > 0) == (mode == "joint")).all()
 
@@ -97,7 +100,7 @@ def test_top_k_of_the_softmax_renormalised_is_the_softmax_of_the_top_k(top_k):
     whole = gates.log_weights(u)[..., 1:].exp()
     kept = whole * (whole >= whole.topk(top_k, -1).values[..., -1:])
     expected = kept / kept.sum(-1, keepdim=True)
-    torch.testing.assert_close(gates.log_weights(u, top_k)[..., 1:].exp(), expected)
+    torch.testing.assert_close(gates.log_weights(u, Selection(top_k=top_k))[..., 1:].exp(), expected)
 
 
 def test_weights_of_independent_gates_are_the_formula_of_the_paper():
@@ -113,8 +116,55 @@ def test_weights_of_independent_gates_are_the_formula_of_the_paper():
 
 def test_the_size_of_an_independent_vector_does_not_count():
     gates = some_gates("independent")
-    longer = ExpertGates(torch.stack(list(gates.vectors)) * 50, gates.bias, 2, "independent")
+    longer = ExpertGates(torch.stack(list(gates.vectors)) * 50, gates.bias, "independent", 2, 0.0, END)
     torch.testing.assert_close(longer.log_weights(some_states()), gates.log_weights(some_states()))
+
+
+def chosen(gates, u, **limits):
+    return gates.log_weights(u, Selection(**limits)).exp()
+
+
+def test_a_threshold_keeps_the_experts_whose_share_reaches_it_and_else_the_seed():
+    gates, u = some_gates("joint", size=0.1), some_states()
+    whole, some = chosen(gates, u), chosen(gates, u, threshold=0.4)
+    kept = whole[..., 1:] >= 0.4
+    assert torch.equal(some[..., 1:] > 0, kept)
+    expected = torch.cat([whole[..., :1], whole[..., 1:] * kept], -1)
+    torch.testing.assert_close(some, expected / expected.sum(-1, keepdim=True))
+    alone = ~kept.any(-1)
+    assert alone.any() and (some[alone][:, 0] == 1).all()
+
+
+def test_an_independent_threshold_is_the_opening_it_was_trained_with():
+    gates, u = some_gates("independent"), some_states()
+    opening = (normalise(u) @ torch.stack(list(gates.vectors)).T + gates.bias).sigmoid()
+    some = chosen(gates, u, threshold=0.9)
+    assert torch.equal(some[..., 1:] > 0, opening >= 0.9)
+    none = ~(opening >= 0.9).any(-1)
+    assert none.any() and not none.all()
+    assert torch.equal(some[..., 0], none.float())
+
+
+def test_top_p_keeps_the_fewest_slots_that_reach_it():
+    gates, u = some_gates("joint", size=0.2), some_states()
+    whole, some = chosen(gates, u).reshape(-1, 4), chosen(gates, u, top_p=0.7).reshape(-1, 4)
+    for shares, kept in zip(whole.tolist(), (some[:, 1:] > 0).tolist(), strict=True):
+        order = sorted(range(4), key=lambda slot: -shares[slot])
+        fewest = next(n for n in range(1, 5) if sum(shares[slot] for slot in order[:n]) >= 0.7)
+        assert {slot + 1 for slot, is_kept in enumerate(kept) if is_kept} == set(order[:fewest]) - {0}
+
+
+def test_limits_hold_together():
+    gates, u = some_gates("joint", size=0.1), some_states()
+    both = chosen(gates, u, threshold=0.4, top_k=1)[..., 1:] > 0
+    assert (both.sum(-1) <= 1).all() and (both.sum(-1) == 0).any() and (both.sum(-1) == 1).any()
+    assert torch.equal(both, (chosen(gates, u, threshold=0.4)[..., 1:] > 0) & (chosen(gates, u, top_k=1)[..., 1:] > 0))
+
+
+@pytest.mark.parametrize("mode", ["independent", "contrastive", "mean-activation"])
+def test_only_joint_gates_have_a_slot_for_none_of_them(mode):
+    assert (some_gates(mode).log_weights(some_states())[..., 0] == -torch.inf).all()
+    assert (some_gates("joint").log_weights(some_states())[..., 0] > -torch.inf).all()
 
 
 @pytest.mark.parametrize("own", [0, 2])
@@ -151,7 +201,7 @@ def test_tokens_to_come_do_not_move_weights(mode):
     other = ids.clone()
     other[:, 7:] = (other[:, 7:] + 1) % VOCAB
     gates = some_gates(mode)
-    first, second = (gates.log_weights(seed.hidden_states(x)[2], 2) for x in (ids, other))
+    first, second = (gates.log_weights(seed.hidden_states(x)[2], Selection(top_k=2)) for x in (ids, other))
     assert torch.equal(first[:, :7], second[:, :7])
     assert not torch.equal(first[:, 7:], second[:, 7:])
 
@@ -164,7 +214,7 @@ def test_saved_gates_weigh_the_same(mode):
         f"{mode}.vectors": (3, WIDTH),
         f"{mode}.bias": (3,),
     }
-    again = ExpertGates.from_tensors(tensors, 2, mode)
+    again = ExpertGates.from_tensors(tensors, mode, 2, 0.0, END)
     assert torch.equal(again.log_weights(some_states()), gates.log_weights(some_states()))
     assert not any(parameter.requires_grad for parameter in again.parameters())
 
@@ -172,8 +222,42 @@ def test_saved_gates_weigh_the_same(mode):
 def test_a_later_expert_leaves_the_vectors_of_the_others_as_they_are():
     gates = some_gates("independent")
     vectors = torch.cat([torch.stack(list(gates.vectors)), torch.ones(1, WIDTH)])
-    more = ExpertGates(vectors, torch.zeros(4), 2, "independent")
+    more = ExpertGates(vectors, torch.zeros(4), "independent", 2, 0.0, END)
     assert all(torch.equal(new, old) for new, old in zip(more.vectors, gates.vectors, strict=False))
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.9, 1.0])
+def test_gates_read_the_fading_sum_of_a_documents_states(memory):
+    gates = some_gates("joint", memory=memory)
+    ids = some_rows(2, 12)
+    ids[0, 5] = gates.end_of_text
+    u = torch.randn(2, 12, WIDTH, generator=torch.Generator().manual_seed(2))
+    read = gates.remembered(u, ids)
+    for row, begin in ((0, 5), (1, 0)):
+        for token in range(begin, 12):
+            ages = torch.arange(token - begin, -1, -1.0)
+            expected = (memory ** ages[:, None] * normalise(u)[row, begin : token + 1]).sum(0)
+            torch.testing.assert_close(read[row, token], expected)
+    again = gates.remembered(u[:, 7:], ids[:, 7:], gates.remembered(u[:, :7], ids[:, :7])[:, -1])
+    torch.testing.assert_close(again, read[:, 7:])
+
+
+def test_a_seed_gate_with_a_cache_weighs_as_without():
+    gate = SeedGate(loud(0), some_gates("joint", memory=0.9))
+    ids = some_rows(2, 12)
+    cache = gate.new_cache()
+    pieces = [gate(ids[:, start:stop], cache) for start, stop in ((0, 1), (1, 7), (7, 12))]
+    torch.testing.assert_close(torch.cat(pieces, 1), gate(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_the_contrastive_loss_is_the_mean_of_each_gates_own():
+    seed, gates, rows = loud(0), some_gates("contrastive", memory=0.5), some_rows()
+    labels = torch.tensor([0, 2, 1, 2])
+    scores = gates.scores(gates.read(seed, rows[:, :-1]))
+    own = labels[:, None] == torch.arange(3)
+    each = torch.where(own[:, None], scores.sigmoid(), 1 - scores.sigmoid()).log().mean((0, 1))
+    found = ContrastiveLoss(gates, seed)(torch.cat([rows, labels[:, None]], 1))["loss"]
+    assert found.item() == pytest.approx(-each.mean().item(), rel=1e-4)
 
 
 # Training on toy experts, each the better one on its own kind of text
@@ -203,7 +287,7 @@ def trained_gates(mode, own=None, steps=60):
     seed = loud(0)
     seed.lm_head.weight = nn.Parameter(torch.zeros(VOCAB, WIDTH), requires_grad=False)  # guesses uniformly
     experts = [Sure(low=True), Sure(low=False)]
-    gates = ExpertGates.closed(2, WIDTH, 2, mode)
+    gates = ExpertGates.closed(2, WIDTH, mode, 2, 0.0, END)
     loss = GateLoss(gates, seed, experts if own is None else [experts[own]], own)
     before = {name: parameter.clone() for name, parameter in loss.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in loss.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
