@@ -4,11 +4,12 @@
   composition (one folder per `name`, so that controls and bridge kinds live beside each other in a run)
 """
 
+from math import gcd
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.decoder import DecoderConfig
+from schemas.decoder import Architecture, DecoderConfig, RopeScaling, share_of_a_head
 from schemas.manifest import Manifest
 from schemas.strict import Config, Strict, runtime_setting
 from schemas.training import TrainingConfig, TrainingMetrics
@@ -57,11 +58,13 @@ class CentralConfig(CentralShape):
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary position frequencies.")
     rms_norm_eps: float = Field(1e-5, gt=0, description="Added to the mean square before the root.")
     tie_word_embeddings: bool = Field(True, description="Use the token embedding as the output layer too.")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    model_type: Architecture = Field("llama", description="The seed's architecture, whose layers these are like.")
+    head_dim: int = Field(
+        default_factory=share_of_a_head,
+        gt=0,
+        description="Width of one attention head of the layers; default: the heads share the residual stream's.",
+    )
+    rope_scaling: RopeScaling | None = Field(None, description="How rotary frequencies were changed for longer text.")
 
     @classmethod
     def beside(cls, shape: CentralShape, seed: DecoderConfig) -> Self:
@@ -70,21 +73,26 @@ class CentralConfig(CentralShape):
         Raises ValueError when that is impossible.
         """
         width = shape.central_width or seed.hidden_size
-        groups = seed.num_attention_heads // seed.num_key_value_heads
-        if width % (seed.head_dim * groups):
-            raise ValueError(
-                f"central_width {width} is not a multiple of {seed.head_dim * groups}, the seed's head width"
-            )
+        # Heads in proportion to the width, and as many queries to a key as the seed has.
+        step = seed.hidden_size // gcd(seed.hidden_size, seed.num_key_value_heads)
+        if width % step:
+            raise ValueError(f"central_width {width} is not a multiple of {step}, the seed's head width")
+        heads = width * seed.num_attention_heads // seed.hidden_size
+        if width % heads:
+            raise ValueError(f"central_width {width} does not divide among {heads} heads")
         return cls(
             **(shape.model_dump() | {"central_width": width}),
             vocab_size=seed.vocab_size,
             hidden_size=width,
             intermediate_size=width * seed.intermediate_size // seed.hidden_size,
-            num_attention_heads=width // seed.head_dim,
-            num_key_value_heads=width // seed.head_dim // groups,
+            num_attention_heads=heads,
+            num_key_value_heads=width * seed.num_key_value_heads // seed.hidden_size,
             rope_theta=seed.rope_theta,
             rms_norm_eps=seed.rms_norm_eps,
             tie_word_embeddings=seed.tie_word_embeddings,
+            model_type=seed.model_type,
+            head_dim=seed.head_dim,
+            rope_scaling=seed.rope_scaling,
         )
 
 

@@ -89,7 +89,8 @@ def explain(error: ValidationError, where: str) -> str:
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors(include_url=False)[:4]:
+    found = [each for each in error.errors(include_url=False) if each["type"] != "default_factory_not_called"]
+    for problem in found[:4]:  # what was left out follows from others, which are at fault
         key = ".".join(str(part) for part in problem["loc"]) or "settings"
         if problem["type"] == "extra_forbidden":
             yield f"unknown key `{key}`"

@@ -7,12 +7,17 @@ E head width, F MLP width.
   a window, not `window` or more before it). Tokens carry their index; latents carry the index of their group, so
   latents of one group see each other
 - with a cache the same code runs on the new positions only; there is no second, "incremental" formula to keep equal
-- module names are Hugging Face's, so a decoder's state_dict is a `LlamaForCausalLM` checkpoint as it stands
+- module names are Hugging Face's, so a decoder's state_dict is a checkpoint of `transformers` as it stands
+- where the architectures differ: Qwen2 has biases on q, k and v, Qwen3 norms every head of q and k
 """
+
+from math import pi
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from schemas.decoder import Architecture, LinearRope, RopeScaling
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +30,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Normalise the last axis; computed in fp32 whatever the input."""
-        return F.rms_norm(x_BTD, (x_BTD.shape[-1],), self.weight, self.eps)
+        # Under autocast a head of q or k comes in bf16, and the fused kernel wants one type.
+        return F.rms_norm(x_BTD.to(self.weight.dtype), (x_BTD.shape[-1],), self.weight, self.eps)
 
 
 class LayerCache:
@@ -50,6 +56,7 @@ class StackCache:
     def __init__(self, layers: int) -> None:
         self.layers = [LayerCache() for _ in range(layers)]
         self.position_S: Tensor | None = None
+        self.seen = 0  # positions in all, also those a window has left behind
 
     def append(self, position_T: Tensor, window: int | None) -> Tensor:
         """Add new positions; returns those that the first new one, or a later one, can reach."""
@@ -57,6 +64,7 @@ class StackCache:
         if window is not None and len(position_T):
             position_S = position_S[position_S > position_T[0] - window]
         self.position_S = position_S
+        self.seen += len(position_T)
         return position_S
 
 
@@ -72,10 +80,11 @@ class View:
         cache: StackCache | None = None,
         window: int | None = None,
         square: bool = True,
+        scaling: RopeScaling | None = None,
     ) -> None:
         """`square`: positions rise by one from the first to the last, so that without cache and window the plain causal
         kernel can be used and no mask is built."""
-        angle_TE = rotary_angles(position_T, head_dim, theta)
+        angle_TE = rotary_angles(position_T, head_dim, theta, scaling)
         self.cos_TE, self.sin_TE = angle_TE.cos(), angle_TE.sin()
         self.cache = cache
         position_S = position_T if cache is None else cache.append(position_T, window)
@@ -89,11 +98,22 @@ class View:
         return None if self.cache is None else self.cache.layers[layer]
 
 
-def rotary_angles(position_T: Tensor, head_dim: int, theta: float) -> Tensor:
+def rotary_angles(position_T: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Angles [T, E] of RoPE (Su et al. 2021) in the half-split layout Hugging Face uses; fp32 in any precision."""
     exponent = torch.arange(0, head_dim, 2, device=position_T.device, dtype=torch.float32) / head_dim
-    angle = position_T.float()[:, None] * theta**-exponent
+    rate_E = theta**-exponent
+    angle = position_T.float()[:, None] * (rate_E if scaling is None else scaled_rates(rate_E, scaling))
     return torch.cat([angle, angle], -1)
+
+
+def scaled_rates(rate_E: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotations, in radians per position, changed for longer text."""
+    if isinstance(scaling, LinearRope):
+        return rate_E / scaling.factor
+    turns_E = scaling.original_max_position_embeddings * rate_E / (2 * pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_E = ((turns_E - low) / (high - low)).clamp(0, 1)  # share of the unscaled rotation
+    return kept_E * rate_E + (1 - kept_E) * rate_E / scaling.factor
 
 
 def causal_mask(query_end_T: Tensor, key_end_S: Tensor, window: int | None = None) -> Tensor:
@@ -112,13 +132,21 @@ def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Grouped-query attention of positions on positions before them."""
 
-    def __init__(self, width: int, heads: int, key_value_heads: int) -> None:
+    def __init__(
+        self, width: int, heads: int, key_value_heads: int, eps: float, head_dim: int | None, kind: Architecture
+    ) -> None:
         super().__init__()
-        self.head_dim = width // heads
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, key_value_heads * self.head_dim, bias=False)
+        self.head_dim = head_dim or width // heads
+        bias = kind == "qwen2"
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
+        if kind == "qwen3":
+            self.q_norm: nn.Module = RMSNorm(self.head_dim, eps)
+            self.k_norm: nn.Module = RMSNorm(self.head_dim, eps)
+        else:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
 
     def forward(self, x_BTD: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
         """Attend from x to x and to what the cache holds."""
@@ -126,8 +154,8 @@ class SelfAttention(nn.Module):
             projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_BHTE = rotate(q_BHTE, view.cos_TE, view.sin_TE)
-        k_BKTE = rotate(k_BKTE, view.cos_TE, view.sin_TE)
+        q_BHTE = rotate(self.q_norm(q_BHTE), view.cos_TE, view.sin_TE)
+        k_BKTE = rotate(self.k_norm(k_BKTE), view.cos_TE, view.sin_TE)
         if cache is not None:
             k_BKTE, v_BKTE = cache.append(k_BKTE, v_BKTE, view.keep)
         out_BHTE = F.scaled_dot_product_attention(
@@ -158,10 +186,21 @@ class SwiGLU(nn.Module):
 class Layer(nn.Module):
     """Pre-norm transformer layer: attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, width: int, inner: int, heads: int, key_value_heads: int, eps: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        heads: int,
+        key_value_heads: int,
+        eps: float,
+        *,
+        head_dim: int | None = None,
+        kind: Architecture = "llama",
+    ) -> None:
+        """`head_dim`: width of a head, by default the heads' share of `width`."""
         super().__init__()
         self.input_layernorm = RMSNorm(width, eps)
-        self.self_attn = SelfAttention(width, heads, key_value_heads)
+        self.self_attn = SelfAttention(width, heads, key_value_heads, eps, head_dim, kind)
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, inner)
 
@@ -174,6 +213,8 @@ class Layer(nn.Module):
 def initialise(module: nn.Module, layers: int, std: float = 0.02) -> None:
     """GPT-2's start: normal weights, those that write to the residual stream smaller by the root of their number."""
     for name, parameter in module.named_parameters():
+        if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+            nn.init.zeros_(parameter)
         if parameter.dim() < 2:
             continue
         into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))

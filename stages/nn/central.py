@@ -167,7 +167,14 @@ class CentralModel(nn.Module):
         self, layers: nn.ModuleList, x_BTD: Tensor, token_T: Tensor, cache: StackCache, read: Read | None = None
     ) -> Tensor:
         config = self.config
-        view = View(token_T, config.head_dim, config.rope_theta, cache=cache, window=config.token_window)
+        view = View(
+            token_T,
+            config.head_dim,
+            config.rope_theta,
+            cache=cache,
+            window=config.token_window,
+            scaling=config.rope_scaling,
+        )
         for index, layer in enumerate(layers):
             x_BTD = layer(x_BTD, view, view.layer_cache(index))
             if read is not None and index < len(layers) - 1:  # after the last layer comes the head's site
@@ -221,6 +228,8 @@ def _layers(config: CentralConfig, count: int) -> nn.ModuleList:
             config.num_attention_heads,
             config.num_key_value_heads,
             config.rms_norm_eps,
+            head_dim=config.head_dim,
+            kind=config.model_type,
         )
         for _ in range(count)
     )

@@ -1,4 +1,4 @@
-"""The Llama-architecture decoder that seeds, experts and the dense baseline are.
+"""The decoder that seeds, experts and the dense baseline are: a Llama, a Mistral, a Qwen2 or a Qwen3.
 
 Shape letters: B batch, T new positions, D model width, V vocabulary.
 
@@ -29,6 +29,8 @@ class DecoderBody(nn.Module):
                 config.num_attention_heads,
                 config.num_key_value_heads,
                 config.rms_norm_eps,
+                head_dim=config.head_dim,
+                kind=config.model_type,
             )
             for _ in range(config.num_hidden_layers)
         )
@@ -79,9 +81,7 @@ class Decoder(nn.Module):
         `depth`: stop after so many layers (then none is normed). With `cache`, `ids_BT` are the tokens after those the
         cache has seen.
         """
-        seen = 0 if cache is None or cache.position_S is None else len(cache.position_S)
-        position_T = torch.arange(seen, seen + ids_BT.shape[1], device=ids_BT.device)
-        view = View(position_T, self.config.head_dim, self.config.rope_theta, cache=cache)
+        view = self._view(ids_BT, cache)
         x_BTD = self.model.embed_tokens(ids_BT)
         states = [x_BTD]
         for index, layer in enumerate(self.model.layers[:depth]):
@@ -90,6 +90,17 @@ class Decoder(nn.Module):
         if depth is None or depth >= len(self.model.layers):
             states[-1] = self.model.norm(x_BTD)
         return states
+
+    def _view(self, ids_BT: Tensor, cache: StackCache | None) -> View:
+        config, seen = self.config, 0 if cache is None else cache.seen
+        end = seen + ids_BT.shape[1]
+        position_T = torch.arange(seen, end, device=ids_BT.device)
+        window = config.sliding_window
+        if window is not None and window >= end:  # nothing is out of sight yet, so the kernel without a mask will do
+            window = None
+        return View(
+            position_T, config.head_dim, config.rope_theta, cache=cache, window=window, scaling=config.rope_scaling
+        )
 
     def forward(self, ids_BT: Tensor, cache: StackCache | None = None) -> Tensor:
         """Logits [B, T, V] in fp32 for the token after each position."""

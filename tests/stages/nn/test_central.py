@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from schemas.compose_model import CentralConfig, CentralShape
-from schemas.decoder import DecoderConfig
+from schemas.decoder import DecoderConfig, LinearRope
 from stages.nn.attention import RMSNorm
 from stages.nn.central import CentralLoss, CentralModel
 from stages.nn.concepts import concept_loss, concepts_of
@@ -220,3 +220,31 @@ def test_another_width_keeps_the_seeds_proportions_and_an_impossible_one_is_refu
     CentralModel(config)(some_ids(1, 9))
     with pytest.raises(ValueError, match="central_width 20"):
         CentralConfig.beside(CentralShape(central_width=20), SEED)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "qwen2"},
+        {"model_type": "qwen3", "head_dim": 12, "rope_scaling": LinearRope(factor=2.0)},
+        {"model_type": "mistral", "head_dim": 4, "sliding_window": 3},
+    ],
+    ids=["qwen2", "qwen3", "mistral"],
+)
+def test_a_central_model_takes_over_the_layers_of_a_seed_of_any_kind(change):
+    seed = loud(Decoder(DecoderConfig(**(SEED.model_dump() | {"head_dim": 8} | change))))
+    central = loud(CentralModel(CentralConfig.beside(CentralShape(encoder_layers=2, decoder_layers=2), seed.config)))
+    central.start_from(seed)
+    for own, other in zip([*central.encoder, *central.decoder], seed.model.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), other.parameters(), strict=True))
+    ids, cache = some_ids(2, 21), central.new_cache()
+    whole = central(ids).logits_BTV
+    pieces = [central(chunk, cache).logits_BTV for chunk in ids.split([5, 1, 9, 6], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+    assert min(moved_positions(lambda x: central(x).logits_BTV, ids, 10)) == 10
+
+
+def test_the_token_layers_turn_like_the_seeds():
+    seed = DecoderConfig(**(SEED.model_dump() | {"rope_scaling": LinearRope(factor=50.0)}))
+    plain, scaled = (loud(CentralModel(CentralConfig.beside(CentralShape(), each))) for each in (SEED, seed))
+    assert not torch.allclose(plain(some_ids(1, 9)).logits_BTV, scaled(some_ids(1, 9)).logits_BTV, atol=1e-3)

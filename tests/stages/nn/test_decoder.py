@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from schemas.decoder import DecoderConfig
-from stages.nn.attention import RMSNorm
+from schemas.decoder import DecoderConfig, LinearRope, Llama3Rope
+from stages.nn.attention import RMSNorm, SelfAttention
 from stages.nn.decoder import Decoder, NextTokenLoss, token_log_probs
 
 VOCAB = 61
@@ -36,6 +36,10 @@ def loud(config, seed=0):
     for part in decoder.modules():
         if isinstance(part, RMSNorm):
             nn.init.normal_(part.weight, mean=1.0, std=0.3)
+        if isinstance(part, SelfAttention) and decoder.config.model_type == "qwen2":
+            nn.init.normal_(part.q_proj.bias)  # beside products this large a small one would do nothing
+            nn.init.normal_(part.k_proj.bias)
+            nn.init.normal_(part.v_proj.bias)
     return decoder
 
 
@@ -44,7 +48,9 @@ def some_ids(rows, tokens, seed=1):
 
 
 def huggingface_twin(decoder):
-    model = LlamaForCausalLM(LlamaConfig(**decoder.config.to_huggingface(0))).eval()
+    values = decoder.config.to_huggingface(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).eval()
+    assert type(model).__name__ == values["architectures"][0]
     missing, unexpected = model.load_state_dict(decoder.weights(), strict=False)
     assert not unexpected
     assert missing == (["lm_head.weight"] if decoder.config.tie_word_embeddings else [])
@@ -52,19 +58,28 @@ def huggingface_twin(decoder):
     return model
 
 
-KINDS = pytest.mark.parametrize(
-    "config",
-    [
-        shape(),
-        shape(tie_word_embeddings=False),
-        shape(num_key_value_heads=4, tie_word_embeddings=False),
-        shape(num_key_value_heads=1),
-    ],
-    ids=["gqa-tied", "gqa-untied", "mha-untied", "mqa-tied"],
-)
+LLAMA3 = Llama3Rope(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+KINDS = {
+    "gqa-tied": shape(),
+    "gqa-untied": shape(tie_word_embeddings=False),
+    "mha-untied": shape(num_key_value_heads=4, tie_word_embeddings=False),
+    "mqa-tied": shape(num_key_value_heads=1),
+    "llama-own-head-width": shape(head_dim=6),
+    "llama3-rope": shape(rope_scaling=LLAMA3, num_attention_heads=2),
+    "linear-rope": shape(rope_scaling=LinearRope(factor=2.5)),
+    "mistral": shape(model_type="mistral"),
+    "mistral-window": shape(model_type="mistral", sliding_window=7, head_dim=10),
+    "mistral-odd-width": shape(model_type="mistral", hidden_size=34, head_dim=8),
+    "qwen2-tied": shape(model_type="qwen2"),
+    "qwen2-untied-window": shape(model_type="qwen2", tie_word_embeddings=False, sliding_window=9),
+    "qwen3-tied": shape(model_type="qwen3"),
+    "qwen3-untied-own-head-width": shape(model_type="qwen3", tie_word_embeddings=False, head_dim=16),
+    "qwen3-window": shape(model_type="qwen3", sliding_window=5, num_key_value_heads=1),
+}
+every_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
 
 
-@KINDS
+@every_kind
 def test_logits_equal_transformers(config):
     decoder, ids = loud(config), some_ids(2, 40)
     with torch.no_grad():
@@ -85,9 +100,10 @@ def test_hidden_states_equal_transformers_at_every_depth(depth):
         torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
 
 
+@every_kind
 @pytest.mark.parametrize("sizes", [(1,) * 11, (3, 1, 5, 2), (10, 1), (11,)])
-def test_decoding_in_odd_chunks_equals_the_full_pass(sizes):
-    decoder, ids = loud(shape()), some_ids(3, 11)
+def test_decoding_in_odd_chunks_equals_the_full_pass(sizes, config):
+    decoder, ids = loud(config), some_ids(3, 11)
     cache = decoder.new_cache()
     pieces = [decoder(chunk, cache) for chunk in ids.split(list(sizes), 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), decoder(ids), atol=1e-5, rtol=1e-5)
@@ -100,14 +116,53 @@ def test_hidden_states_of_a_lower_depth_decode_in_chunks_too():
     torch.testing.assert_close(torch.cat(pieces, 1), decoder.hidden_states(ids)[2], atol=1e-5, rtol=1e-5)
 
 
+@every_kind
 @pytest.mark.parametrize("changed", [0, 5, 18])
-def test_a_changed_token_moves_nothing_before_it(changed):
-    decoder, ids = loud(shape()), some_ids(2, 19)
+def test_a_changed_token_moves_nothing_before_it(changed, config):
+    decoder, ids = loud(config), some_ids(2, 19)
     other = ids.clone()
     other[:, changed] = (other[:, changed] + 1) % VOCAB
     difference = (decoder(ids) - decoder(other)).abs().amax((0, 2))
+    reach = changed + 1 + ((config.sliding_window or 64) - 1) * config.num_hidden_layers
     assert (difference[:changed] == 0).all()
-    assert (difference[changed:] > 1e-4).all()
+    assert (difference[changed:reach] > 1e-4).all()
+    assert (difference[reach:] < 1e-5).all()
+
+
+def test_a_window_hides_what_lies_before_it_from_one_layer():
+    decoder, ids = loud(shape(model_type="mistral", sliding_window=4, num_hidden_layers=1)), some_ids(1, 12)
+    other = ids.clone()
+    other[:, 3] = (other[:, 3] + 1) % VOCAB
+    difference = (decoder(ids) - decoder(other)).abs().amax((0, 2))
+    assert (difference[3:7] > 1e-4).all()
+    assert (difference[7:] < 1e-5).all()
+
+
+def test_a_window_bounds_the_cache():
+    decoder, ids = loud(shape(model_type="mistral", sliding_window=4)), some_ids(1, 12)
+    cache = decoder.new_cache()
+    for token in ids.split(1, 1):
+        decoder(token, cache)
+    assert [layer.k_BKSE.shape[2] for layer in cache.layers] == [4] * 3
+
+
+def test_a_window_as_long_as_the_text_needs_no_mask():
+    whole, windowed = loud(shape(model_type="mistral")), loud(shape(model_type="mistral", sliding_window=12))
+    assert torch.equal(whole(some_ids(2, 12)), windowed(some_ids(2, 12)))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_decoder_of_another_kind_trains_too(kind):
+    torch.manual_seed(0)
+    decoder = Decoder(shape(model_type=kind, vocab_size=1000))
+    module, rows = NextTokenLoss(decoder), torch.randint(1000, (8, 33))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module(rows)["loss"]
+    assert loss.item() == pytest.approx(math.log(1000), rel=0.02)
+    loss.backward()
+    assert all(
+        parameter.grad.abs().sum() > 0 for name, parameter in decoder.named_parameters() if "k_proj.b" not in name
+    )
 
 
 def test_a_prefix_has_the_logits_it_has_in_the_whole():
@@ -145,7 +200,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens():
     torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
 
 
-@KINDS
+@every_kind
 def test_weights_make_an_equal_decoder_which_is_frozen(config):
     decoder, ids = loud(config), some_ids(1, 8)
     again = Decoder.from_weights(config, decoder.weights())

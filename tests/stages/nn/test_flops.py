@@ -17,10 +17,10 @@ def decoder(heads=4, **changes):
 
 
 def by_hand(model, length):
-    """2 per weight of every matrix a token passes, and 4 · length · width per layer for scores and their sums."""
+    """2 per weight of every matrix a token passes, and 4 · length · width of all heads per layer: scores and sums."""
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     config = model.config
-    return 2 * matrices + 4 * length * config.hidden_size * config.num_hidden_layers
+    return 2 * matrices + 4 * length * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
 
 def test_a_linear_layer_is_two_operations_per_weight():
@@ -33,6 +33,12 @@ def test_a_linear_layer_is_two_operations_per_weight():
 def test_a_decoder_is_its_matrices_and_its_attention(heads, length):
     model = decoder(heads)
     assert forward_flops(model, length) == by_hand(model, length)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_heads_with_a_width_of_their_own_count_by_it(kind):
+    model = decoder(2, model_type=kind, head_dim=12)
+    assert forward_flops(model, 16) == by_hand(model, 16) > by_hand(decoder(2), 16)
 
 
 @pytest.mark.parametrize("tied", [True, False])
