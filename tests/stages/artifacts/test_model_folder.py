@@ -10,7 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from schemas.decoder import DecoderConfig
 from schemas.failures import IntegrityFailure
 from schemas.train_seed import SeedManifest
-from stages.artifacts.model_folder import checksum, read_model, read_tensors, write_model, write_tensors
+from stages.artifacts.model_folder import (
+    checksum,
+    read_model,
+    read_tensors,
+    write_model,
+    write_tensors,
+    write_weights,
+)
 from stages.nn.decoder import Decoder
 
 END = 0
@@ -149,3 +156,59 @@ def test_a_checksum_moves_with_any_weight():
     assert checksum(made.weights()) == before
     made.model.layers[1].mlp.down_proj.weight[3, 4] += 1e-3
     assert checksum(made.weights()) != before
+
+
+TYPES = [torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.int32, torch.float32, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_bytes_are_those_of_safetensors(dtype, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    tensors = {f"{name}.{kind}": torch.randn(3, 5, generator=draw).to(kind) for name in "ba" for kind in TYPES}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "ü": torch.ones(1)}
+    write_tensors(tmp_path / "x.safetensors", tensors, tmp_path, "some", dtype)
+    stored = {
+        name: (tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in tensors.items()
+    }
+    assert (tmp_path / "x.safetensors").read_bytes() == safetensors.torch.save(stored, {"cpipe": "some"})
+
+
+def test_shards_hold_every_tensor_once_and_the_index_finds_it(tmp_path):
+    weights = {f"t{number}": torch.full((number + 1, 10), float(number)) for number in range(9)}
+    refs = write_weights(tmp_path, weights, tmp_path, "bfloat16", 200)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(weights)
+    assert index["metadata"]["total_size"] == sum(weight.numel() * 2 for weight in weights.values())
+    files = sorted({*index["weight_map"].values()})
+    assert files == [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    assert [ref.path for ref in refs] == [*files, "model.safetensors.index.json"]
+    found = {}
+    for file in files:
+        part = read_tensors(tmp_path / file)
+        assert sum(tensor.numel() * 2 for tensor in part.values()) <= 200
+        assert all(index["weight_map"][name] == file for name in part)
+        found |= part
+    assert all(torch.equal(found[name].float(), weight) for name, weight in weights.items())
+
+
+def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path):
+    weights = {"a": torch.ones(2), "b": torch.ones(100), "c": torch.ones(2)}
+    write_weights(tmp_path, weights, tmp_path, "float32", 64)
+    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
+
+
+def test_what_fits_is_one_file(tmp_path):
+    (ref,) = write_weights(tmp_path, {"a": torch.ones(16)}, tmp_path, "float32", 64)
+    assert ref.path == "model.safetensors"
+
+
+def test_the_tokenizers_own_names_for_begin_and_end_are_written(tmp_path):
+    tokenizer = Tokenizer.from_str(tokenizer_json().decode())
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    made = decoder(vocab_size=300, bos_token_id=257, eos_token_id=(258, 290))
+    write_model(tmp_path / "seed", tmp_path, made.config, made.weights(), END, tokenizer.to_str().encode())
+    found = json.loads((tmp_path / "seed/tokenizer_config.json").read_text())
+    assert (found["bos_token"], found["eos_token"]) == ("<s>", "</s>")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "seed")
+    assert (len(loaded), loaded.bos_token_id, loaded.eos_token_id) == (259, 257, 258)
