@@ -50,12 +50,12 @@ def stream(config: GenerateConfig, run_dir: Path) -> Iterator[str]:
     tokenizer.encode_special_tokens = True  # the name of a special token in a prompt is text like any other
     end = tokens.metrics.end_of_text
     prompt = [end, *tokenizer.encode(config.prompt, add_special_tokens=False).ids]
-    drawn = _draw_tokens(config, run_dir, models, prompt, end)
+    drawn = _draw_tokens(config, run_dir, models, prompt, end, tokens.metrics.vocab_size)
     return _until_stop(_decode(tokenizer, drawn), config.stop)
 
 
 def _draw_tokens(
-    config: GenerateConfig, run_dir: Path, models: RunModels, prompt: list[int], end: int
+    config: GenerateConfig, run_dir: Path, models: RunModels, prompt: list[int], end: int, ids: int
 ) -> Iterator[int]:
     limit = models.decoder("seed")[0].max_position_embeddings
     generator = torch.Generator().manual_seed(config.random_seed)
@@ -67,7 +67,7 @@ def _draw_tokens(
             if len(context) > limit:
                 context = context[-(limit // 2) :]
                 reader.restart([], context[:-1])
-            log_probs = reader.read(unread).float().cpu()
+            log_probs = reader.read(unread).float().cpu()[:ids]  # beyond them is padding of an imported vocabulary
             token = draw(log_probs, config.temperature, config.sample_top_k, config.sample_top_p, generator)
             if token == end:
                 return
