@@ -99,12 +99,17 @@ class Claim(Generic[M]):
         manifest = self._manifest_type.read(self.run_dir, self.folder)
         if manifest.key != self._key:
             raise StaleFailure(
-                f"{self.path} is finished, but {'; '.join(_differences(manifest, self._config, self._inputs))}: "
+                f"{self.path} is finished, but {'; '.join(self._differences(manifest))}: "
                 f"give --force to do it again, or use another run"
             )
         for ref in manifest.outputs:
             ref.locate(self.run_dir)
         return manifest
+
+    def _differences(self, manifest: M) -> Iterator[str]:
+        if manifest.command != self._manifest_type.command:  # the settings have nothing in common
+            return iter([f"it was made by `cpipe {manifest.command}`"])
+        return differences(manifest, self._config, self._inputs)
 
     def finish(self, outputs: Sequence[FileRef], metrics: Strict) -> M:
         """Write the manifest (the leader does): from now on the stage is finished."""
@@ -219,7 +224,7 @@ def turn_by_turn(run_dir: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _differences(manifest: Manifest, config: Config, inputs: Sequence[InputRef]) -> Iterator[str]:
+def differences(manifest: Manifest, config: Config, inputs: Sequence[InputRef]) -> Iterator[str]:
     """Why a finished stage is not the one asked for, in words."""
     before = _flat(manifest.config.key_settings())
     now = _flat(config.key_settings())
