@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpipe.pipeline import BY_COMMAND, PIPELINE, STAGES, TABLES, Stage
+from cpipe.pipeline import BY_COMMAND, EXCHANGE, PIPELINE, STAGES, TABLES, Stage
 
 if TYPE_CHECKING:
     from schemas.manifest import Manifest
@@ -35,7 +35,7 @@ def build_app(asked: str | None = None) -> typer.Typer:
         rich_markup_mode=None,  # rich's columns cut the names of flags on a terminal of 80 characters
         pretty_exceptions_show_locals=False,
     )
-    for stage in STAGES:
+    for stage in (*STAGES, *EXCHANGE):
         command = _stage_command(stage) if asked in (None, stage.command) else _without_flags
         app.command(stage.command, help=stage.help)(command)
     generate = _generate_command() if asked in (None, "generate") else _without_flags
@@ -138,15 +138,30 @@ def _run_all(run: Path, inputs: list[str], until: str | None, settings: Path | N
         raise UsageFailure(f"--until {until} is no stage; expected one of {', '.join(PIPELINE)}")
     tables = read_settings(run, settings, TABLES)
     for command in PIPELINE[: PIPELINE.index(until) + 1] if until else PIPELINE:
+        if command == "train-seed":
+            command = _maker_of_seed(run, tables)
         stage = BY_COMMAND[command]
         flags = {"inputs": inputs} if command == "tokenize" and inputs else {}
         for table in tables.get(command, [{}]):
             logger.info("{}", command)
-            if command == "tokenize" and not {**table, **flags}.get("inputs") and _is_finished(stage, run):
-                manifest = stage.manifest.read(run)  # no text is named, so what was made of it is taken as it is
+            # What was made of text, or of a model, that is not named now is taken as it is.
+            unnamed = {"tokenize": "inputs", "import": "source"}.get(command)
+            if unnamed and not {**table, **flags}.get(unnamed) and _is_finished(stage, run):
+                manifest = stage.manifest.read(run)
             else:
                 manifest = _run_unless_up_to_date(stage, run, table, flags, force)
     return manifest
+
+
+def _maker_of_seed(run: Path, tables: dict[str, list[dict[str, Any]]]) -> str:
+    """`import` where the settings have a table for it, or none for training and the seed was imported."""
+    from schemas.failures import UsageFailure
+
+    if "import" in tables and "train-seed" in tables:
+        raise UsageFailure("the settings have [import] and [train-seed], and a run has one seed: leave one of them")
+    stage = BY_COMMAND["train-seed"]
+    imported = _is_finished(stage, run) and stage.manifest.read(run).command == "import"
+    return "import" if "import" in tables or ("train-seed" not in tables and imported) else "train-seed"
 
 
 def _run_unless_up_to_date(

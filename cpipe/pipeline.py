@@ -48,6 +48,9 @@ STAGES = (
     Stage("compose", "compose_model", "Compose", "Bridge experts into a central concept model (CALM)."),
     Stage("evaluate", "evaluate_models", "Evaluate", "Compare all models of the run in bits per byte."),
 )
-BY_COMMAND = {stage.command: stage for stage in STAGES}
+EXCHANGE = (
+    Stage("import", "import_model", "Import", "Take a Hugging Face model as the seed, in place of training one."),
+)
+BY_COMMAND = {stage.command: stage for stage in (*STAGES, *EXCHANGE)}
 PIPELINE = tuple(stage.command for stage in STAGES if stage.command != "collect")
 TABLES = (*BY_COMMAND, "generate")  # what cpipe.toml may hold

@@ -31,7 +31,7 @@ def show_manifest(manifest: Manifest, run_dir: Path, *, as_json: bool) -> None:
     if manifest.command == "evaluate":
         show_evaluation(manifest, run_dir)
         return
-    folders = sorted({ref.path.split("/")[0] for ref in manifest.outputs})
+    folders = sorted({ref.path.split("/")[0] for ref in manifest.outputs if "/" in ref.path})
     place = f" in {', '.join(folders)}" if folders else ""
     OUT.print(
         Text(manifest.command, "bold") + f" finished in {run_dir}: {len(manifest.outputs)} files{place}", soft_wrap=True
@@ -76,7 +76,8 @@ def show_status(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]], *, 
     for command, kind in stages:
         path = run_dir / kind.folder / FILE_NAME
         if path.is_file():
-            found.append(_finished(command, path, kind.parse(path).environment))
+            manifest = kind.parse(path)  # a seed may have been imported
+            found.append(_finished(manifest.command, path, manifest.environment))
         else:
             members = len(list((run_dir / kind.folder).glob(f"*/{FILE_NAME}")))
             begun = f"begun ({members} members finished)" if members else "begun"

@@ -42,7 +42,9 @@ class ModelRow(Strict):
     perplexity: float = Field(description="Per token.")
     parameters: int = Field(description="Weights that have to be stored.")
     active_parameters: int = Field(description="Weights that work on a token, on average.")
-    training_flops: float = Field(description="Spent on training everything it is made of.")
+    training_flops: float = Field(
+        description="Spent in this run on everything it is made of; an imported seed costs nothing."
+    )
     inference_flops: float = Field(description="Per token, caches kept, each model catching up where it joins late.")
     sources: dict[str, float] = Field(description="Bits per byte of each source.")
     clusters: dict[str, float] = Field(description="Bits per byte of each cluster.")

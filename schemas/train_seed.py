@@ -1,11 +1,13 @@
 """Settings and manifest of train-seed."""
 
-from typing import ClassVar
+import json
+from pathlib import Path
+from typing import ClassVar, Self, cast
 
 from pydantic import Field
 
 from schemas.decoder import DecoderShape
-from schemas.manifest import Manifest
+from schemas.manifest import MAX_BYTES, Manifest
 from schemas.strict import Config, Strict
 from schemas.training import TrainingConfig, TrainingMetrics
 
@@ -21,7 +23,12 @@ class SeedMetrics(Strict):
     """What the seed came to."""
 
     parameters: int = Field(description="Weights, a tied output layer counted once.")
-    training: TrainingMetrics = Field(description="The training run.")
+    training: TrainingMetrics | None = Field(description="The training run; None where there was none here.")
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens it was trained on here."""
+        return self.training.tokens if self.training else 0
 
 
 class SeedManifest(Manifest):
@@ -32,3 +39,23 @@ class SeedManifest(Manifest):
 
     config: SeedConfig
     metrics: SeedMetrics
+
+    @classmethod
+    def parse(cls, path: Path) -> Self:
+        """Read the manifest of a seed, trained here or imported. Raises IntegrityFailure."""
+        from schemas.import_model import ImportManifest  # which is made from this class
+
+        kinds = {kind.expected_schema(): kind for kind in (SeedManifest, ImportManifest)}
+        kind = kinds.get(_schema_of(path), cls)
+        return super().parse(path) if kind is cls else cast(Self, kind.parse(path))
+
+
+def _schema_of(path: Path) -> str:
+    """What the manifest says it is; nothing for what is none, as the one who reads it will find out."""
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    return str(found.get("schema")) if isinstance(found, dict) else ""

@@ -52,6 +52,8 @@ def run(config: EvaluateConfig, run_dir: Path, *, force: bool = False) -> Evalua
     with claim_folder(run_dir, EvaluateManifest, config, inputs, force=force) as claim:
         if claim.finished:
             return claim.finished
+        if not models.seed.metrics.training:
+            logger.info("the seed was trained elsewhere: training FLOPs are those of this run only")
         evaluation = Evaluation(config, run_dir, tokens, clusters, models)
         evaluation.add_single_models()
         evaluation.fit_routing()
@@ -83,7 +85,7 @@ class Evaluation:
         self.models = models
         self.router = Router(*routing_tensors(run_dir, clusters), clusters.config.temperature)
         self.shape = models.decoder("seed")[0]
-        length = self.shape.max_position_embeddings
+        self.length = length = models.window_length(self.shape)
         store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("valid")])
         documents = choose_documents(store, config.tokens)
         few = choose_documents(store, min(config.tokens, config.usage_tokens))
@@ -106,7 +108,7 @@ class Evaluation:
             Decoder.from_weights(*models.decoder("seed")),
             length,
             models.gates.metrics.layer if models.gates else None,
-            models.seed.metrics.training.tokens,
+            models.seed.metrics.trained_tokens,
             sum(expert.metrics.training.tokens for expert in models.experts),
             models.dense.metrics.training.tokens if models.dense else 0,
             models.experts[0].config.lora,
@@ -234,7 +236,7 @@ class Evaluation:
         if self.models.central:
             shape, weights = self.models.central_alone()
             central = CentralModel.from_weights(shape, weights).eval().requires_grad_(False)
-            flops = forward_flops(central, self.shape.max_position_embeddings)
+            flops = forward_flops(central, self.length)
             central.to(device())
             tokens = self.models.central.metrics.training.tokens
             central_training = BACKWARD_AND_FORWARD * flops * tokens
@@ -249,10 +251,8 @@ class Evaluation:
     def _add_composition(self, name: str, central_training: float) -> None:
         manifest = self.models.compositions[name]
         composed = ComposedModel.from_parts(**self.models.composition(name))
-        flops = forward_flops(lambda ids: composed(ids), self.shape.max_position_embeddings)
-        frozen = forward_flops(
-            lambda ids: composed.consult(ids, composed.new_cache()), self.shape.max_position_embeddings
-        )
+        flops = forward_flops(lambda ids: composed(ids), self.length)
+        frozen = forward_flops(lambda ids: composed.consult(ids, composed.new_cache()), self.length)
         composed.to(device())
         tokens = manifest.metrics.training.tokens
         training = tokens * (frozen + BACKWARD_AND_FORWARD * (flops - frozen)) + central_training

@@ -57,6 +57,11 @@ class RunModels:
             compositions,
         )
 
+    def window_length(self, shape: DecoderConfig) -> int:
+        """Tokens to score at a time: what the seed was trained on, but where it came from elsewhere, the experts."""
+        longest = shape.max_position_embeddings
+        return longest if self.seed.metrics.training else min(longest, self.members.config.training.sequence_length)
+
     def refuse_other_ancestors(self, before: Sequence[InputRef] = (), folders: Sequence[str] | None = None) -> None:
         """Raise UsageFailure when a model, or one in `folders`, was made from something that was replaced since.
 
