@@ -24,7 +24,8 @@ from schemas.failures import DivergedFailure, InterruptedFailure, UsageFailure
 from schemas.training import TrainingConfig, TrainingMetrics
 from stages.engine import checkpoints
 from stages.engine.checkpoints import Progress
-from stages.engine.engines import Engine, choose_precision, start_engine
+from stages.engine.engines import Engine, start_engine
+from stages.engine.precision import choose_precision
 from stages.engine.processes import Place, any_process, find_place, mean_over_processes
 from stages.engine.schedule import learning_rate
 

@@ -4,8 +4,9 @@ from torch import nn
 from toy_training import Toy, batch_at, config, weights
 
 from schemas.failures import UsageFailure
-from stages.engine.engines import choose_precision, start_engine
+from stages.engine.engines import start_engine
 from stages.engine.loop import train
+from stages.engine.precision import choose_precision
 from stages.engine.processes import Place
 from stages.engine.schedule import learning_rate
 

@@ -1,0 +1,145 @@
+"""DeepSpeed, in process: one device or many, ZeRO 0 to 3.
+
+- the optimizer is torch's AdamW, and the learning rate comes with every step: DeepSpeed's own are not used
+- its own checkpoints are pickles and are not used either: averages are read and written through its `safe_` functions
+"""
+
+import contextlib
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from schemas.training import TrainingConfig
+from stages.engine.optimizer import AVERAGES, Parts, mean_parts, read_state, trained, write_state
+from stages.engine.processes import Place, join_processes
+
+
+class DeepSpeedEngine:
+    """DeepSpeed, in process: one device or many, ZeRO 0 to 3."""
+
+    name = "deepspeed"
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, config: TrainingConfig, place: Place) -> None:
+        deepspeed = _load_deepspeed(place)
+        join_processes(place)
+        rows = config.batch_size // place.world
+        micro = min(config.micro_batch_size or rows, rows)
+        self._stage = config.zero_stage
+        self._clipping = config.gradient_clipping
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config={
+                "train_batch_size": config.batch_size,
+                "train_micro_batch_size_per_gpu": micro,
+                "gradient_accumulation_steps": rows // micro,
+                # Without ZeRO, DeepSpeed clips but does not tell the norm, so `step` clips.
+                "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
+                "zero_optimization": {"stage": config.zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 10**9,
+            },
+        )
+        self.module = module
+        self._start_averages()
+
+    def step(self, micro_batches: list[Tensor], rate: float) -> tuple[Parts, float]:
+        """See Engine."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        parts = []
+        norm = 0.0
+        for rows in micro_batches:
+            parts.append(self._engine(rows))
+            self._engine.backward(parts[-1]["loss"])
+            if not self._stage and self._engine.is_gradient_accumulation_boundary():
+                norm = float(nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping))
+            self._engine.step()
+        return mean_parts(parts), float(self._engine.get_global_grad_norm()) if self._stage else norm
+
+    def state(self) -> dict[str, Tensor]:
+        """See Engine."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state = {}
+        for name, parameter in trained(self.module).items():
+            if self._stage:
+                state[f"weight/{name}"] = safe_get_full_fp32_param(parameter).view(_full_shape(parameter)).clone()
+                for key in AVERAGES:
+                    moment = safe_get_full_optimizer_state(parameter, key)
+                    state[f"{key}/{name}"] = moment.view(_full_shape(parameter)).clone()
+            else:
+                state.update(read_state(name, parameter, self._optimizer))
+        return state
+
+    def load_state(self, state: dict[str, Tensor], steps: int) -> None:
+        """See Engine."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in trained(self.module).items():
+            weight = state[f"weight/{name}"].to(parameter.device)
+            if self._stage:
+                safe_set_full_fp32_param(parameter, weight)
+                for key in AVERAGES:
+                    safe_set_full_optimizer_state(parameter, state[f"{key}/{name}"].to(parameter.device), key)
+                with self._gathered(parameter):
+                    parameter.data.copy_(weight)
+            else:
+                write_state(name, parameter, self._optimizer, state, steps)
+        self._set_step(steps)
+
+    def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+        """The whole parameter, to be written to: ZeRO 3 keeps only a part of it on each process."""
+        if self._stage < 3:
+            return contextlib.nullcontext()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        return GatheredParameters(parameter, modifier_rank=0)
+
+    def _start_averages(self) -> None:
+        """Give AdamW its averages before the first step, all zero, at step 0.
+
+        ZeRO 1 and 2 map them to parameters once, after the step of the first parameter group, when those of the
+        second do not exist yet; and they have to exist for a checkpoint to be loaded into them.
+        """
+        if not self._stage:
+            return
+        inner = self._optimizer.optimizer
+        pieces = [p for group in inner.param_groups for p in group["params"]]
+        if self._stage == 3:
+            pieces = self._optimizer.fp32_partitioned_groups_flat
+        for piece in pieces:
+            zeros = {key: torch.zeros_like(piece) for key in AVERAGES}
+            inner.state[piece] = {"step": torch.zeros((), device=piece.device), **zeros}
+        if self._stage < 3:
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_step(self, steps: int) -> None:
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        for moments in inner.state.values():
+            if "step" in moments:
+                moments["step"].fill_(float(steps))
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _load_deepspeed(place: Place) -> Any:
+    """Import DeepSpeed so that it neither compiles, waits for a stale lock, nor looks for MPI."""
+    if place.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(place.local))
+    with contextlib.redirect_stdout(None):
+        import deepspeed
+        from deepspeed.utils import logger
+    logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of its ZeRO 3
+    # On CPU, DeepSpeed compiles a shared-memory all-reduce that only its inference uses; a killed compile leaves a
+    # lock on which every later start would wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

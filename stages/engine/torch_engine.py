@@ -1,0 +1,40 @@
+"""Plain torch on one device: nothing between torch and the model."""
+
+import torch
+from torch import Tensor, nn
+
+from schemas.training import TrainingConfig
+from stages.engine.optimizer import Parts, mean_parts, read_state, trained, write_state
+
+
+class TorchEngine:
+    """One device, nothing between torch and the model."""
+
+    name = "torch"
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, config: TrainingConfig) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self._clipping = config.gradient_clipping
+
+    def step(self, micro_batches: list[Tensor], rate: float) -> tuple[Parts, float]:
+        """See Engine."""
+        parts = []
+        for rows in micro_batches:
+            parts.append(self.module(rows))
+            (parts[-1]["loss"] / len(micro_batches)).backward()
+        norm = nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return mean_parts(parts), float(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """See Engine."""
+        return {key: tensor for own in trained(self.module).items() for key, tensor in read_state(*own, self.optimizer)}
+
+    def load_state(self, state: dict[str, Tensor], steps: int) -> None:
+        """See Engine."""
+        for name, parameter in trained(self.module).items():
+            write_state(name, parameter, self.optimizer, state, steps)
