@@ -21,6 +21,9 @@ class TrainingConfig(Config):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the squared-gradient average.")
     gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    skipped_steps: int = Field(
+        3, ge=0, description="Steps in a row that may be left out as loss or gradient is not finite; one more stops."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Of initial weights and of the order of the rows.")
     precision: Precision = Field(
         "auto", description="Of the weights in the forward pass; auto is bf16 where it is fast."
@@ -44,5 +47,6 @@ class TrainingMetrics(Strict):
     first_loss: float = Field(description="Loss of the first step, nats per token; ln(vocabulary) for a new model.")
     final_loss: float = Field(description="Mean loss of the last twentieth of the steps, nats per token.")
     curve: tuple[float, ...] = Field(description="Mean losses of equal stretches of the run.")
+    skipped: int = Field(0, description="Steps left out because their loss or gradient was not finite.")
     engine: str = Field(description="deepspeed or torch.")
     precision: str = Field(description="fp32 or bf16.")

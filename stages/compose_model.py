@@ -104,7 +104,7 @@ def _train_alone(config: CentralAloneConfig, run_dir: Path, upstream: Upstream, 
         rows = _rows(run_dir, upstream.tokens, training.sequence_length)
         metrics = train(
             CentralLoss(central),
-            lambda step: rows.batch(step, training.batch_size, training.seed + 3),
+            rows.batches(training.batch_size, training.seed + 3),
             training,
             claim.path,
             claim.folder,
@@ -169,12 +169,9 @@ def _train_with_experts(
 ) -> tuple[Usage, TrainingMetrics]:
     training = config.with_experts()
     rows = _rows(run_dir, upstream.tokens, training.sequence_length)
-
-    def batch_at(step: int) -> Tensor:
-        return rows.batch(step, training.batch_size, training.seed + 4)
-
-    metrics = train(ComposedLoss(composed), batch_at, training, folder, config.name)
-    return _usage(composed.cpu(), batch_at(training.steps)), metrics
+    batches = rows.batches(training.batch_size, training.seed + 4)
+    metrics = train(ComposedLoss(composed), batches, training, folder, config.name)
+    return _usage(composed.cpu(), batches(training.steps)), metrics
 
 
 def _rows(run_dir: Path, tokens: TokenizeManifest, length: int) -> Rows:

@@ -84,7 +84,7 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
         metrics = train(
             NextTokenLoss(decoder),
             # Another order than the seed's: with the same one a member would see the seed's rows again, first of all.
-            lambda step: rows.batch(step, training.batch_size, training.seed + 1),
+            rows.batches(training.batch_size, training.seed + 1),
             training,
             claim.path,
             folder,

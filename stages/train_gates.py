@@ -6,7 +6,6 @@
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from schemas.train_seed import SeedManifest
 from stages.artifacts.model_folder import device, read_model, write_tensors
 from stages.artifacts.run_models import expert_folder, read_expert
 from stages.artifacts.stage_folder import claim_folder
-from stages.data.batches import Rows
+from stages.data.batches import LabelledBatches, Rows
 from stages.data.token_store import TokenStore, read_table
 from stages.engine.loop import train
 from stages.nn.decoder import Decoder
@@ -92,10 +91,11 @@ def _make_mode(
     folder: Path,
 ) -> list[GateRun]:
     """Fill the gates: all in one run, one run per expert (`independent`), or by a mean (`mean-activation`)."""
+    order = config.training.batch_size, config.training.seed + 2
     if mode == "mean-activation":
         return [_take_mean(gates, seed, expert, rows[expert], config) for expert in range(len(experts))]
     if mode == "contrastive":
-        batches = partial(_batch_of_clusters, [rows[cluster] for cluster in range(len(experts))], config)
+        batches = LabelledBatches([rows[cluster] for cluster in range(len(experts))], *order)
         return [_train_run(mode, None, ContrastiveLoss(gates, seed), batches, config, folder, "gates contrastive")]
     owners: list[int | None] = [None] if mode == "joint" else list(range(len(experts)))
     runs = []
@@ -104,20 +104,8 @@ def _make_mode(
             vector.requires_grad_(own in (None, number))
         loss = GateLoss(gates, seed, experts if own is None else [experts[own]], own)
         label = "gates joint" if own is None else f"gate {own:03d}"
-        runs.append(_train_run(mode, own, loss, partial(_batch, rows[own], config), config, folder, label))
+        runs.append(_train_run(mode, own, loss, rows[own].batches(*order), config, folder, label))
     return runs
-
-
-def _batch(rows: Rows, config: GatesConfig, step: int) -> torch.Tensor:
-    return rows.batch(step, config.training.batch_size, config.training.seed + 2)
-
-
-def _batch_of_clusters(rows: list[Rows], config: GatesConfig, step: int) -> torch.Tensor:
-    """Rows of each cluster in turn, and in a last column the cluster."""
-    places = range(step * config.training.batch_size, (step + 1) * config.training.batch_size)
-    drawn = [rows[place % len(rows)].batch(place // len(rows), 1, config.training.seed + 2) for place in places]
-    labels = torch.tensor([place % len(rows) for place in places])
-    return torch.cat([torch.cat(drawn), labels[:, None]], 1)
 
 
 def _train_run(

@@ -33,7 +33,7 @@ def run(config: SeedConfig, run_dir: Path, *, force: bool = False) -> SeedManife
         decoder = _new_decoder(config, tokens)
         metrics = train(
             NextTokenLoss(decoder),
-            lambda step: rows.batch(step, training.batch_size, training.seed),
+            rows.batches(training.batch_size, training.seed),
             training,
             claim.path,
             "seed",

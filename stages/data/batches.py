@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from schemas.failures import InputFailure
 from stages.data.token_store import TokenStore
+
+NAMED = 40  # documents that `describe` lists
 
 
 class Rows:
@@ -58,9 +61,59 @@ class Rows:
 
     def batch(self, step: int, size: int, seed: int) -> Tensor:
         """The rows of optimizer step `step` (from 0), int64 [size, length + 1]."""
-        drawn = range(step * size, (step + 1) * size)
-        rows = [self.row(int(_order(seed, place // self.count, self.count)[place % self.count])) for place in drawn]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack([self.row(index) for index in self.drawn(step, size, seed)]))
+
+    def drawn(self, step: int, size: int, seed: int) -> list[int]:
+        """The numbers of the rows of optimizer step `step`."""
+        places = range(step * size, (step + 1) * size)
+        return [int(_order(seed, place // self.count, self.count)[place % self.count]) for place in places]
+
+    def documents(self, index: int) -> list[str]:
+        """The ids of the documents with tokens in row `index`."""
+        ends = index * self.length, (index + 1) * self.length
+        first, last = np.searchsorted(self._starts, ends, side="right") - 1
+        return [self.store.ids[document] for document in self._documents[first : last + 1]]
+
+    def batches(self, size: int, seed: int) -> "Batches":
+        """The rows of every step, for a training."""
+        return Batches(self, size, seed)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The rows of every step of a training: called with a step, it gives them; it can also say which they are."""
+
+    rows: Rows
+    size: int
+    seed: int
+
+    def __call__(self, step: int) -> Tensor:
+        """See `Rows.batch`."""
+        return self.rows.batch(step, self.size, self.seed)
+
+    def describe(self, step: int) -> str:
+        """The rows of a step by number and the documents in them by id, in one line."""
+        drawn = self.rows.drawn(step, self.size, self.seed)
+        names = list(dict.fromkeys(name for index in drawn for name in self.rows.documents(index)))
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return f"rows {', '.join(map(str, drawn))} (documents {', '.join(names[:NAMED])}{more})"
+
+
+@dataclass(frozen=True)
+class LabelledBatches:
+    """Rows of several kinds in turn, and in a last column the number of the row's kind."""
+
+    kinds: Sequence[Rows]
+    size: int
+    seed: int
+
+    def __call__(self, step: int) -> Tensor:
+        """The rows of optimizer step `step`, int64 [size, length + 2]."""
+        places = range(step * self.size, (step + 1) * self.size)
+        count = len(self.kinds)
+        drawn = [self.kinds[place % count].batch(place // count, 1, self.seed) for place in places]
+        labels = torch.tensor([place % count for place in places])
+        return torch.cat([torch.cat(drawn), labels[:, None]], 1)
 
 
 @lru_cache(maxsize=4)

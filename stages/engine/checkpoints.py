@@ -22,9 +22,11 @@ KEPT = 2
 class Progress(Strict):
     """Where a training stands."""
 
-    step: int = Field(ge=0, description="Optimizer steps done.")
+    step: int = Field(ge=0, description="Optimizer steps done, those left out included.")
     tokens: int = Field(ge=0, description="Tokens trained on.")
-    losses: tuple[float, ...] = Field(description="Loss of every step so far, nats per token.")
+    losses: tuple[float, ...] = Field(description="Loss of every step so far that had a finite one, nats per token.")
+    skipped: int = Field(0, ge=0, description="Steps left out because their loss or gradient was not finite.")
+    skipped_in_a_row: int = Field(0, ge=0, description="Those among them since the last step that was not.")
 
 
 class Descriptor(Strict):

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import math
 import os
 import warnings
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.training import TrainingConfig
-from stages.engine.optimizer import AVERAGES, Parts, mean_parts, read_state, trained, write_state
+from stages.engine.optimizer import AVERAGES, Outcome, Parts, mean_parts, poisoned, read_state, trained, write_state
 from stages.engine.processes import Place, join_processes
 
 
@@ -47,19 +48,30 @@ class DeepSpeedEngine:
         self.module = module
         self._start_averages()
 
-    def step(self, micro_batches: list[Tensor], rate: float) -> tuple[Parts, float]:
+    def step(self, micro_batches: list[Tensor], rate: float) -> Outcome:
         """See Engine."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         parts = []
-        norm = 0.0
-        for rows in micro_batches:
-            parts.append(self._engine(rows))
-            self._engine.backward(parts[-1]["loss"])
-            if not self._stage and self._engine.is_gradient_accumulation_boundary():
-                norm = float(nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping))
+        for rows in micro_batches[:-1]:
+            parts.append(self._backward(rows))
+            self._engine.step()  # counts the micro-batch
+        parts.append(self._backward(micro_batches[-1]))
+        if self._stage:  # with ZeRO, DeepSpeed itself leaves out a step whose gradient is not finite
             self._engine.step()
-        return mean_parts(parts), float(self._engine.get_global_grad_norm()) if self._stage else norm
+            norm = float(self._engine.get_global_grad_norm())
+            return Outcome(mean_parts(parts), norm, not self._optimizer.overflow)
+        norm = float(nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping))
+        if not math.isfinite(norm):
+            for parameter in trained(self.module).values():
+                parameter.grad = None  # AdamW passes over what has no gradient
+        self._engine.step()
+        return Outcome(mean_parts(parts), norm, math.isfinite(norm))
+
+    def _backward(self, rows: Tensor) -> Parts:
+        parts: Parts = self._engine(rows)
+        self._engine.backward(poisoned(parts["loss"]))
+        return parts
 
     def state(self) -> dict[str, Tensor]:
         """See Engine."""

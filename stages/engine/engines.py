@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
 from stages.engine.deepspeed_engine import DeepSpeedEngine
-from stages.engine.optimizer import Parts, build_optimizer
+from stages.engine.optimizer import Outcome, build_optimizer
 from stages.engine.precision import Autocast, choose_precision
 from stages.engine.processes import Place
 from stages.engine.torch_engine import TorchEngine
@@ -25,14 +25,14 @@ class Engine(Protocol):
 
     name: str
 
-    def step(self, micro_batches: list[Tensor], rate: float) -> tuple[Parts, float]:
-        """Train on this process's rows of one step; returns their mean losses and the norm of the gradient."""
+    def step(self, micro_batches: list[Tensor], rate: float) -> Outcome:
+        """Train on this process's rows of one step; a gradient that is not finite changes nothing."""
 
     def state(self) -> dict[str, Tensor]:
         """Weights (`weight/…`) and averages (`exp_avg/…`, `exp_avg_sq/…`) of what is trained, whole on each process."""
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
-        """Continue from `state`, reached after `steps` steps."""
+        """Continue from `state`, reached after `steps` steps that were applied."""
 
 
 def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Engine:

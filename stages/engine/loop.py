@@ -2,32 +2,30 @@
 
 - the batch of a step is a function of the step, and so is torch's random state: a resumed run repeats nothing, skips
   nothing, and ends with the weights of an uninterrupted one
-- a loss or gradient that is not finite stops the training at once, on all processes; the last checkpoint stays
+- a step whose loss or gradient is not finite is left out, on all processes alike; too many in a row stop the training,
+  and the last checkpoint stays
 - SIGTERM and SIGINT end the step, write a checkpoint and stop with exit code 75: the same command resumes
 """
 
-import json
-import math
 import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from schemas.failures import DivergedFailure, InterruptedFailure, UsageFailure
+from schemas.failures import InterruptedFailure, UsageFailure
 from schemas.training import TrainingConfig, TrainingMetrics
 from stages.engine import checkpoints
 from stages.engine.checkpoints import Progress
+from stages.engine.course import Course
 from stages.engine.engines import Engine, start_engine
 from stages.engine.precision import choose_precision
 from stages.engine.processes import Place, any_process, find_place, mean_over_processes
+from stages.engine.reporter import Reporter
 from stages.engine.schedule import learning_rate
+from stages.engine.stopping import stop_requested
 
 CURVE_POINTS = 100
 
@@ -38,7 +36,8 @@ def train(
     """Train the parameters of `module` that require a gradient; on return they hold the final weights.
 
     module: gives losses in nats, `module(rows)["loss"]` being optimised; the others are logged
-    batch_at: int64 [batch_size, sequence_length + 1] for a step from 0 on, a pure function
+    batch_at: int64 [batch_size, sequence_length + 1] for a step from 0 on, a pure function; where it has a method
+        `describe(step)`, that names the rows when the loss is not finite
     folder: where `checkpoints/` and `metrics.jsonl` go
 
     Raises DivergedFailure, InterruptedFailure, and UsageFailure when the batch cannot be divided.
@@ -47,26 +46,26 @@ def train(
     _check_division(config, place)
     engine = start_engine(module, config, place)
     saved = folder / "checkpoints"
-    progress = _resume(engine, saved, label)
-    losses = list(progress.losses)
-    reporter = Reporter(label, folder, config, progress.step, place)
-    with _stop_requested() as stopping:
-        for step in range(progress.step, config.steps):
+    course = Course(_resume(engine, saved, label), config, label, batch_at)
+    reporter = Reporter(label, folder, config, course.step, place)
+    with stop_requested() as stopping:
+        for step in range(course.step, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)
             rate = learning_rate(step, config)
-            parts, norm = engine.step(_share(batch_at(step), config, place), rate)
-            losses.append(_checked_loss(parts["loss"], norm, step, label, place))
-            done = step + 1
-            reporter.report(done, losses[-1], parts, norm, rate)
+            outcome = engine.step(_share(batch_at(step), config, place), rate)
+            loss = float(mean_over_processes(outcome.parts["loss"], place))
+            course.advance(loss, outcome)
+            reporter.report(course.step, loss, outcome, rate, course.skipped)
+            done = course.step
             stop = any_process(stopping(), place) and done < config.steps
             if stop or (done % config.checkpoint_every == 0 and done < config.steps):
-                _save(engine, saved, losses, config, place)
+                _save(engine, saved, course, place)
             if stop:
                 raise InterruptedFailure(f"{label} stopped after step {done}: run the same command to resume")
     _load_final(module, engine)
     if place.rank == 0:
         shutil.rmtree(saved, ignore_errors=True)
-    return _metrics(losses, config, engine, place)
+    return _metrics(course, config, engine, place)
 
 
 def _check_division(config: TrainingConfig, place: Place) -> None:
@@ -83,7 +82,7 @@ def _resume(engine: Engine, saved: Path, label: str) -> Progress:
     if (found := checkpoints.newest(saved)) is None:
         return Progress(step=0, tokens=0, losses=())
     state, progress = found
-    engine.load_state(state, progress.step)
+    engine.load_state(state, progress.step - progress.skipped)
     logger.info("{}: resuming after step {}", label, progress.step)
     return progress
 
@@ -94,24 +93,10 @@ def _share(rows: Tensor, config: TrainingConfig, place: Place) -> list[Tensor]:
     return list(own.split(min(config.micro_batch_size or len(own), len(own))))
 
 
-def _checked_loss(loss: Tensor, norm: float, step: int, label: str, place: Place) -> float:
-    """The loss over all processes. A gradient must be finite too: the loss would show it only a step later."""
-    value = float(mean_over_processes(loss, place))
-    for name, number in (("loss", value), ("gradient", norm)):
-        if not math.isfinite(number):
-            raise DivergedFailure(
-                f"{label}: the {name} of step {step + 1} is {number}: lower --learning-rate; "
-                "the last checkpoint is kept"
-            )
-    return value
-
-
-def _save(engine: Engine, saved: Path, losses: list[float], config: TrainingConfig, place: Place) -> None:
+def _save(engine: Engine, saved: Path, course: Course, place: Place) -> None:
     state = engine.state()  # every process takes part: with ZeRO the pieces are gathered
     if place.rank == 0:
-        done = len(losses)
-        progress = Progress(step=done, tokens=done * config.batch_size * config.sequence_length, losses=tuple(losses))
-        checkpoints.save(saved, state, progress)
+        checkpoints.save(saved, state, course.progress())
     if place.world > 1:
         torch.distributed.barrier()
 
@@ -124,84 +109,18 @@ def _load_final(module: nn.Module, engine: Engine) -> None:
             parameter.data = state[f"weight/{name}"].to(parameter.device).clone()
 
 
-class Reporter:
-    """Moves the progress bar; every `log_every` steps adds a line to the log and to metrics.jsonl."""
-
-    def __init__(self, label: str, folder: Path, config: TrainingConfig, first_step: int, place: Place) -> None:
-        self._label = label
-        self._path = folder / "metrics.jsonl"
-        self._config = config
-        self._first_step = first_step
-        self._started = time.monotonic()
-        self._silent = place.rank > 0
-        if not self._silent:
-            self._forget_after(first_step)
-
-    def _forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run does again."""
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self._path.write_text("".join(kept))
-
-    def report(self, step: int, loss: float, parts: dict[str, Tensor], norm: float, rate: float) -> None:
-        """Tell of step number `step`, from 1."""
-        if self._silent:
-            return
-        config = self._config
-        steps_per_second = (step - self._first_step) / (time.monotonic() - self._started)
-        tokens_per_second = steps_per_second * config.batch_size * config.sequence_length
-        text = f"loss {loss:.3f} · {tokens_per_second:,.0f} tokens/s"
-        logged = step % config.log_every == 0 or step == config.steps
-        progress = logger.bind(task=self._label, done=step, total=config.steps, text=text)
-        line = f"{self._label} {step}/{config.steps} · {text} · rate {rate:.2e}"
-        progress.log("INFO" if logged else "DEBUG", "{}", line)
-        if not logged:
-            return
-        numbers = {
-            "step": step,
-            "tokens": step * config.batch_size * config.sequence_length,
-            **{name: float(value) for name, value in parts.items()},
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            "tokens_per_second": tokens_per_second,
-        }
-        with self._path.open("a") as file:
-            file.write(json.dumps(numbers) + "\n")
-
-
-def _metrics(losses: list[float], config: TrainingConfig, engine: Engine, place: Place) -> TrainingMetrics:
+def _metrics(course: Course, config: TrainingConfig, engine: Engine, place: Place) -> TrainingMetrics:
+    losses = course.losses
     last = losses[-max(1, len(losses) // 20) :]
     every = max(1, len(losses) // CURVE_POINTS)
     pieces = [losses[start : start + every] for start in range(0, len(losses), every)]
     return TrainingMetrics(
-        steps=len(losses),
-        tokens=len(losses) * config.batch_size * config.sequence_length,
+        steps=course.step,
+        tokens=course.tokens,
         first_loss=losses[0],
         final_loss=sum(last) / len(last),
         curve=tuple(sum(piece) / len(piece) for piece in pieces),
+        skipped=course.skipped,
         engine=engine.name,
         precision=choose_precision(config, place),
     )
-
-
-@contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """While inside, SIGTERM and SIGINT are remembered instead of obeyed; a second one is obeyed."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for known, handler in before.items():
-            signal.signal(known, handler)
-
-    try:
-        for number in before:
-            signal.signal(number, remember)
-    except ValueError:  # not the main thread: signals are not ours to catch
-        before = {}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,8 @@
-"""The optimizer over what is trained, and its state under the names of a checkpoint."""
+"""The optimizer over what is trained, what a step of it came to, and its state under the names of a checkpoint."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,24 @@ from schemas.training import TrainingConfig
 AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names torch gives them
 
 Parts = dict[str, Tensor]  # "loss", which is optimised, and whatever else the module wants logged
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step came to on this process."""
+
+    parts: Parts  # means over this process's rows
+    norm: float  # of the gradient over all processes, before clipping
+    applied: bool  # false when the gradient was not finite: weights, averages and their step are as before
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, one whose gradient is not either.
+
+    So the gradient alone, which all processes share, tells whether to step: an infinite cross-entropy can have a finite
+    one. A finite loss keeps every bit.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -40,8 +60,8 @@ def mean_parts(parts: list[Parts]) -> Parts:
 def read_state(name: str, parameter: nn.Parameter, optimizer: torch.optim.AdamW) -> Iterator[tuple[str, Tensor]]:
     """A parameter that is whole, and its averages, under the names of a checkpoint."""
     yield f"weight/{name}", parameter.detach()
-    for key in AVERAGES:
-        yield f"{key}/{name}", optimizer.state[parameter][key]
+    for key in AVERAGES:  # none before the first step that was applied
+        yield f"{key}/{name}", optimizer.state[parameter].get(key, torch.zeros_like(parameter))
 
 
 def write_state(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.training import TrainingConfig
-from stages.engine.optimizer import Parts, mean_parts, read_state, trained, write_state
+from stages.engine.optimizer import Outcome, mean_parts, poisoned, read_state, trained, write_state
 
 
 class TorchEngine:
@@ -17,18 +17,19 @@ class TorchEngine:
         self.optimizer = optimizer
         self._clipping = config.gradient_clipping
 
-    def step(self, micro_batches: list[Tensor], rate: float) -> tuple[Parts, float]:
+    def step(self, micro_batches: list[Tensor], rate: float) -> Outcome:
         """See Engine."""
         parts = []
         for rows in micro_batches:
             parts.append(self.module(rows))
-            (parts[-1]["loss"] / len(micro_batches)).backward()
+            (poisoned(parts[-1]["loss"]) / len(micro_batches)).backward()
         norm = nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        if applied := bool(norm.isfinite()):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return mean_parts(parts), float(norm)
+        return Outcome(mean_parts(parts), float(norm), applied)
 
     def state(self) -> dict[str, Tensor]:
         """See Engine."""

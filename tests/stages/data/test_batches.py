@@ -52,6 +52,21 @@ def test_rows_are_the_concatenation_cut_evenly(store, length):
         assert rows.row(index).tolist() == tokens[index * length : (index + 1) * length + 1]
 
 
+def test_a_step_is_described_by_its_rows_and_their_documents(store):
+    rows = Rows(store, END, 4, np.array([5, 0, 3]))
+    batches, texts = rows.batches(3, seed=2), documents()
+    assert torch.equal(batches(1), rows.batch(1, 3, 2))
+    numbers, names = batches.describe(1).removeprefix("rows ").removesuffix(")").split(" (documents ")
+    held = [rows.row(int(number))[:-1] for number in numbers.split(", ")]  # the last token is the next row's first
+    assert [row.tolist() for row in held] == batches(1)[:, :-1].tolist()
+    expected = {5, 0, 3}.intersection(
+        d for d in (5, 0, 3) for row in held if {*texts[d], END} & {*row.tolist()} - {END}
+    )
+    assert {*names.split(", ")} >= {f"d{document}" for document in expected}
+    assert Rows(store, END, 4).documents(0) == ["d0"]
+    assert Rows(store, END, 8).documents(0) == ["d0", "d1", "d2"]  # END a a a a a END END
+
+
 def test_chosen_documents_only_and_in_the_order_given(store):
     rows, texts = Rows(store, END, 4, np.array([5, 0, 3])), documents()
     expected = stream([texts[5], texts[0], texts[3]])

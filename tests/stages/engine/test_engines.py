@@ -26,14 +26,14 @@ def trained(folder, module=None, **settings):
     return weights(module)
 
 
-def reference(settings, steps):
-    """AdamW as in torch.optim, clipping and decay written out."""
+def reference(settings, steps, left_out=()):
+    """AdamW as in torch.optim, clipping and decay written out; as if the steps `left_out` had never been."""
     module = Toy()
     matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(settings.adam_beta1, settings.adam_beta2), foreach=False)
-    for step in range(steps):
+    for step in sorted({*range(steps)} - {*left_out}):
         module(batch_at(step))["loss"].backward()
         norm = torch.cat([p.grad.flatten() for p in matrices + vectors]).norm()
         for parameter in matrices + vectors:

@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 import toy_training
-from test_engines import ENGINES, assert_close
+from test_engines import ENGINES, assert_close, reference
 from torch import nn
-from toy_training import VOCAB, Toy, batch_at, config, weights
+from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 
 from schemas.failures import DivergedFailure, InterruptedFailure, UsageFailure
 from stages.engine import checkpoints
@@ -127,13 +127,98 @@ class Exploding(nn.Module):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("loss, gradient", [(math.nan, False), (math.inf, False), (0, True)])
 def test_what_is_not_finite_stops_the_training_and_the_checkpoint_stays(engine, loss, gradient, tmp_path):
+    settings = config(**ENGINES[engine], skipped_steps=0)
     with pytest.raises(DivergedFailure, match=r"toy: the (loss|gradient) of step 5 is (nan|inf)") as stopped:
-        train(Exploding(5, loss, gradient), batch_at, config(**ENGINES[engine]), tmp_path, "toy")
+        train(Exploding(5, loss, gradient), batch_at, settings, tmp_path, "toy")
     assert stopped.value.exit_code == 7
     assert "\n" not in str(stopped.value)
     state, progress = checkpoints.newest(tmp_path / "checkpoints")
     assert progress.step == 3
     assert state["weight/weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("bad", [(0,), (3, 4, 7)], ids=str)
+@pytest.mark.parametrize("micro", [None, 1])
+def test_a_step_that_is_not_finite_is_left_out_as_if_it_had_not_been(engine, bad, micro, tmp_path):
+    settings = config(**ENGINES[engine], micro_batch_size=micro)
+    module = Toy()
+    metrics = train(module, batch_with(*bad), settings, tmp_path, "toy")
+    assert_close(weights(module), reference(settings, settings.steps, bad))
+    assert (metrics.skipped, metrics.steps, metrics.tokens) == (len(bad), 8, (8 - len(bad)) * 4 * 6)
+    assert len(metrics.curve) == 8 - len(bad)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] - 1 for line in lines if "loss" not in line] == list(bad)
+    assert lines[-1]["skipped"] == len(bad)
+
+
+@pytest.mark.parametrize("engine", SLOWLY)
+def test_resumed_after_a_step_that_was_left_out_it_equals_uninterrupted(engine, tmp_path):
+    def run(folder, killed_at=None):
+        folder.mkdir(exist_ok=True)
+        module, bad = Toy(dropout=0.2), batch_with(1, 2, 5)
+
+        def batches(step):
+            if step == killed_at:
+                raise Killed
+            return bad(step)
+
+        metrics = train(module, batches, config(**ENGINES[engine], skipped_steps=2), folder, "toy")
+        return weights(module), metrics
+
+    expected = run(tmp_path / "whole")
+    for step in (3, 7):
+        with pytest.raises(Killed):
+            run(tmp_path / "cut", step)
+    assert_same(run(tmp_path / "cut"), expected)
+
+
+@pytest.mark.parametrize("bad, stopped_at", [((1, 2, 4, 5), None), ((1, 2, 3), 4), ((5, 6, 7), 8)])
+def test_steps_left_out_count_in_a_row_over_a_restart_too(bad, stopped_at, tmp_path):
+    settings = config(skipped_steps=2, checkpoint_every=1)
+    for last in (2, 3, 6, None):  # killed before these steps
+
+        def batches(step, last=last):
+            if step == last:
+                raise Killed
+            return batch_with(*bad)(step)
+
+        try:
+            metrics = train(Toy(), batches, settings, tmp_path, "toy")
+        except Killed:
+            continue
+        except DivergedFailure as failure:
+            assert f"the loss of step {stopped_at} is inf, and 2 before it were left out" in str(failure)
+            return
+    assert stopped_at is None
+    assert metrics.skipped == len(bad)
+
+
+def test_what_diverged_names_its_rows(tmp_path):
+    class Batches:
+        def __call__(self, step):
+            return batch_with(2)(step)
+
+        def describe(self, step):
+            return f"rows of step {step}"
+
+    with pytest.raises(DivergedFailure, match="the loss of step 3 is inf on rows of step 2: lower --learning-rate"):
+        train(Toy(), Batches(), config(skipped_steps=0), tmp_path, "toy")
+
+
+def test_a_training_without_one_finite_loss_is_no_result(tmp_path):
+    with pytest.raises(DivergedFailure, match="the loss of step 2 is inf"):
+        train(Toy(), batch_with(0, 1), config(steps=2, skipped_steps=5), tmp_path, "toy")
+
+
+def test_a_loss_that_is_not_finite_without_any_trace_in_the_gradient_stops_at_once(tmp_path):
+    class Detached(Toy):
+        def forward(self, rows):
+            parts = super().forward(rows)
+            return {**parts, "loss": torch.where(parts["loss"].isfinite(), parts["loss"], math.nan)}
+
+    with pytest.raises(DivergedFailure, match="the loss of step 3 is nan"):
+        train(Detached(), batch_with(2), config(), tmp_path, "toy")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -257,6 +342,19 @@ def test_two_processes_give_the_weights_of_one(engines, tmp_path):
             assert_close(weights_of(tmp_path / "two", rank, number), expected[0], 1e-5)
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "engines", [("zero-0", "zero-1"), pytest.param(("zero-2", "zero-3"), marks=pytest.mark.slow)], ids=str
+)
+def test_what_is_not_finite_on_one_process_is_left_out_on_all(engines, tmp_path):
+    settings = [config(**ENGINES[engine]) for engine in engines]
+    for process in in_two(tmp_path, *settings, environment={"BAD": "2 5"}):
+        code, errors = ended(process)
+        assert code == 0, errors
+    for number in range(len(engines)):
+        for rank in (0, 1):
+            assert_close(weights_of(tmp_path, rank, number), reference(config(), 8, (2, 5)), 1e-5)
 
 
 def test_two_processes_stop_together_when_one_gets_the_signal(tmp_path):

@@ -4,6 +4,7 @@ python toy_training.py FOLDER CONFIG-JSON...: trains in FOLDER once with each co
 Every step leaves its number in FOLDER/step-RANK, and takes `PAUSE` seconds.
 """
 
+import math
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from schemas.training import TrainingConfig
 from stages.engine.loop import train
 
 VOCAB = 17
+BAD = VOCAB  # a token with which the loss is infinite, though its gradient is not
 
 
 class Toy(nn.Module):
@@ -35,9 +37,11 @@ class Toy(nn.Module):
         self.dropout = dropout
 
     def forward(self, rows):
+        bad, rows = (rows == BAD).any(), rows.clamp(max=VOCAB - 1)
         x = F.gelu(self.hidden(F.dropout(self.embed(rows[:, :-1]), self.dropout)))
         x = self.norm(x + self.frozen(x))
         loss = F.cross_entropy(self.out(x).flatten(0, 1), rows[:, 1:].flatten())
+        loss = loss + torch.where(bad, math.inf, 0.0)
         return {"loss": loss, "size": x.detach().square().mean()}
 
 
@@ -53,6 +57,18 @@ def batch_at(step):
     return torch.randint(VOCAB, (4, 7), generator=torch.Generator().manual_seed(100 + step))
 
 
+def batch_with(*bad):
+    """`batch_at`, with a bad token in the second row of the steps `bad`; with two processes, the second gets it."""
+
+    def batches(step):
+        rows = batch_at(step)
+        if step in bad:
+            rows[1, 2] = BAD
+        return rows
+
+    return batches
+
+
 def weights(module):
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
@@ -61,10 +77,12 @@ def main():
     folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
     torch.set_num_threads(1)
 
+    batches = batch_with(*map(int, os.environ.get("BAD", "").split()))
+
     def batch_with_trace(step):
         (folder / f"step-{rank}").write_text(str(step))
         time.sleep(float(os.environ.get("PAUSE", "0")))
-        return batch_at(step)
+        return batches(step)
 
     for number, settings in enumerate(sys.argv[2:]):
         module = Toy(dropout=float(os.environ.get("DROPOUT", "0")))
