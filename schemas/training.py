@@ -1,8 +1,8 @@
 """How anything is trained: optimizer, schedule, precision, engine. One set of fields for every model."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.decoder import Precision
 from schemas.strict import Config, Strict, runtime_setting
@@ -15,8 +15,14 @@ class TrainingConfig(Config):
     batch_size: int = Field(32, gt=0, description="Rows in one optimizer step, over all processes.")
     sequence_length: int = Field(256, gt=1, description="Tokens in a row.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak, after warm-up.")
-    final_learning_rate: float = Field(0.1, ge=0, le=1, description="Where the cosine ends, as a share of the peak.")
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
+        "cosine", description="Of the rate after warm-up; wsd keeps the peak and falls in the last steps only."
+    )
+    final_learning_rate: float = Field(
+        0.1, ge=0, le=1, description="Where the rate ends, as a share of the peak; constant stays at the peak."
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
+    decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in which the rate of wsd falls.")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the squared-gradient average.")
@@ -37,6 +43,12 @@ class TrainingConfig(Config):
     )
     checkpoint_every: int = runtime_setting(200, "Steps between checkpoints from which a killed run resumes.", gt=0)
     log_every: int = runtime_setting(50, "Steps between lines of the log and of metrics.jsonl.", gt=0)
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are more than all steps: lower one of them")
+        return self
 
 
 class TrainingMetrics(Strict):
