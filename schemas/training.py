@@ -4,7 +4,6 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.decoder import Precision
 from schemas.strict import Config, Strict, runtime_setting
 
 
@@ -31,8 +30,9 @@ class TrainingConfig(Config):
         3, ge=0, description="Steps in a row that may be left out as loss or gradient is not finite; one more stops."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of initial weights and of the order of the rows.")
-    precision: Precision = Field(
-        "auto", description="Of the weights in the forward pass; auto is bf16 where it is fast."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Of the weights in the forward pass; auto is bf16 where it is fast, fp16 is for GPUs without it.",
     )
     engine: Literal["auto", "deepspeed", "torch"] = Field(
         "auto", description="DeepSpeed, or plain torch on one device; auto takes DeepSpeed where it is installed."
@@ -61,4 +61,4 @@ class TrainingMetrics(Strict):
     curve: tuple[float, ...] = Field(description="Mean losses of equal stretches of the run.")
     skipped: int = Field(0, description="Steps left out because their loss or gradient was not finite.")
     engine: str = Field(description="deepspeed or torch.")
-    precision: str = Field(description="fp32 or bf16.")
+    precision: str = Field(description="fp32, bf16 or fp16.")

@@ -39,6 +39,9 @@ class Course:
             self._in_a_row = 0
             return
         self.skipped += 1
+        if outcome.rescaled and math.isfinite(loss):
+            logger.debug("{}: step {} is left out: the loss scale was too large, and is halved", self._label, self.step)
+            return
         self._in_a_row += 1
         name, value = ("gradient", outcome.norm) if math.isfinite(loss) else ("loss", loss)
         found = f"the {name} of step {self.step} is {value}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from schemas.training import TrainingConfig
 from stages.engine.optimizer import AVERAGES, Outcome, Parts, mean_parts, poisoned, read_state, trained, write_state
+from stages.engine.precision import LossScale
 from stages.engine.processes import Place, join_processes
 
 
@@ -23,13 +24,21 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, config: TrainingConfig, place: Place) -> None:
-        deepspeed = _load_deepspeed(place)
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.AdamW,
+        config: TrainingConfig,
+        scale: LossScale,
+        place: Place,
+    ) -> None:
+        deepspeed = load_deepspeed(place)
         join_processes(place)
         rows = config.batch_size // place.world
         micro = min(config.micro_batch_size or rows, rows)
         self._stage = config.zero_stage
         self._clipping = config.gradient_clipping
+        self._scale = scale
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -52,6 +61,8 @@ class DeepSpeedEngine:
         """See Engine."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        if self._stage:  # these optimizers know the scale: they raise the loss and lower the gradient themselves
+            self._optimizer.loss_scale = self._scale.value
         parts = []
         for rows in micro_batches[:-1]:
             parts.append(self._backward(rows))
@@ -59,25 +70,27 @@ class DeepSpeedEngine:
         parts.append(self._backward(micro_batches[-1]))
         if self._stage:  # with ZeRO, DeepSpeed itself leaves out a step whose gradient is not finite
             self._engine.step()
-            norm = float(self._engine.get_global_grad_norm())
-            return Outcome(mean_parts(parts), norm, not self._optimizer.overflow)
+            norm, applied = float(self._engine.get_global_grad_norm()), not self._optimizer.overflow
+            return Outcome(mean_parts(parts), norm, applied, self._scale.update(applied))
+        self._scale.lower(trained(self.module).values())
         norm = float(nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping))
-        if not math.isfinite(norm):
+        if not (applied := math.isfinite(norm)):
             for parameter in trained(self.module).values():
                 parameter.grad = None  # AdamW passes over what has no gradient
         self._engine.step()
-        return Outcome(mean_parts(parts), norm, math.isfinite(norm))
+        return Outcome(mean_parts(parts), norm, applied, self._scale.update(applied))
 
     def _backward(self, rows: Tensor) -> Parts:
         parts: Parts = self._engine(rows)
-        self._engine.backward(poisoned(parts["loss"]))
+        loss = poisoned(parts["loss"])
+        self._engine.backward(loss if self._stage else self._scale.raised(loss))
         return parts
 
     def state(self) -> dict[str, Tensor]:
         """See Engine."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state = {}
+        state = self._scale.state()
         for name, parameter in trained(self.module).items():
             if self._stage:
                 state[f"weight/{name}"] = safe_get_full_fp32_param(parameter).view(_full_shape(parameter)).clone()
@@ -92,6 +105,7 @@ class DeepSpeedEngine:
         """See Engine."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        self._scale.load_state(state)
         for name, parameter in trained(self.module).items():
             weight = state[f"weight/{name}"].to(parameter.device)
             if self._stage:
@@ -141,7 +155,7 @@ def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _load_deepspeed(place: Place) -> Any:
+def load_deepspeed(place: Place) -> Any:
     """Import DeepSpeed so that it neither compiles, waits for a stale lock, nor looks for MPI."""
     if place.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

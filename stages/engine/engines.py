@@ -1,7 +1,7 @@
 """What performs an optimizer step: plain torch on one device, or DeepSpeed over many. Both give the same numbers.
 
 - a checkpoint is the fp32 weights and AdamW's two averages, whatever the engine, the ZeRO stage or the number of
-  processes
+  processes; for fp16 also the loss scale
 - the learning rate comes with every step
 """
 
@@ -9,13 +9,14 @@ import copy
 import importlib.util
 from typing import Protocol
 
+from loguru import logger
 from torch import Tensor, nn
 
 from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
-from stages.engine.deepspeed_engine import DeepSpeedEngine
+from stages.engine.deepspeed_engine import DeepSpeedEngine, load_deepspeed
 from stages.engine.optimizer import Outcome, build_optimizer
-from stages.engine.precision import Autocast, choose_precision
+from stages.engine.precision import Autocast, LossScale, choose_precision
 from stages.engine.processes import Place
 from stages.engine.torch_engine import TorchEngine
 
@@ -37,18 +38,35 @@ class Engine(Protocol):
 
 def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Engine:
     """The engine the settings ask for. Raises UsageFailure when it cannot be had."""
-    name = config.engine
-    if name == "auto":
-        name = "deepspeed" if importlib.util.find_spec("deepspeed") else "torch"
-    if name == "torch" and (place.world > 1 or config.zero_stage):
-        raise UsageFailure("--engine torch trains on one device, without ZeRO: use --engine deepspeed")
+    name = _choose_engine(config, place)
     if config.zero_stage == 3:
         # It takes a module's weights apart, frozen ones too, and never puts them back.
         module = copy.deepcopy(module)
-    wrapped = Autocast(module, place.device, choose_precision(config, place)).to(place.device)
-    optimizer = build_optimizer(wrapped, config)
-    return (
-        TorchEngine(wrapped, optimizer, config)
-        if name == "torch"
-        else DeepSpeedEngine(wrapped, optimizer, config, place)
-    )
+    precision = choose_precision(config, place)
+    if precision == "fp16" and place.device.type == "cpu":
+        logger.warning("fp16 is emulated on this processor, and slower than fp32: it is of use on GPUs only")
+    wrapped = Autocast(module, place.device, precision).to(place.device)
+    optimizer, scale = build_optimizer(wrapped, config), LossScale(precision)
+    if name == "torch":
+        return TorchEngine(wrapped, optimizer, config, scale)
+    return DeepSpeedEngine(wrapped, optimizer, config, scale, place)
+
+
+def _choose_engine(config: TrainingConfig, place: Place) -> str:
+    """DeepSpeed if asked for; for `auto`, if it can be imported or nothing else will do."""
+    alone = place.world == 1 and not config.zero_stage
+    if config.engine == "torch":
+        if not alone:
+            raise UsageFailure("--engine torch trains on one device, without ZeRO: use --engine deepspeed")
+        return "torch"
+    if config.engine == "auto" and alone and importlib.util.find_spec("deepspeed") is None:
+        return "torch"
+    try:
+        load_deepspeed(place)
+    except Exception as error:  # whatever its parts raise where a compiler, a driver or a library is not as they like
+        reason = f"DeepSpeed cannot be imported here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        if config.engine == "auto" and alone:
+            logger.warning("{}: training with plain torch", reason)
+            return "torch"
+        raise UsageFailure(f"{reason}: mend it, or train in one process with --engine torch and no ZeRO") from error
+    return "deepspeed"

@@ -21,6 +21,7 @@ class Outcome:
     parts: Parts  # means over this process's rows
     norm: float  # of the gradient over all processes, before clipping
     applied: bool  # false when the gradient was not finite: weights, averages and their step are as before
+    rescaled: bool  # it was not finite because the loss scale of fp16 was too large, which is ordinary
 
 
 def poisoned(loss: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from schemas.training import TrainingConfig
 from stages.engine.optimizer import Outcome, mean_parts, poisoned, read_state, trained, write_state
+from stages.engine.precision import LossScale
 
 
 class TorchEngine:
@@ -12,30 +13,38 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, config: TrainingConfig) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.AdamW, config: TrainingConfig, scale: LossScale
+    ) -> None:
         self.module = module
         self.optimizer = optimizer
         self._clipping = config.gradient_clipping
+        self._scale = scale
 
     def step(self, micro_batches: list[Tensor], rate: float) -> Outcome:
         """See Engine."""
         parts = []
         for rows in micro_batches:
             parts.append(self.module(rows))
-            (poisoned(parts[-1]["loss"]) / len(micro_batches)).backward()
+            (self._scale.raised(poisoned(parts[-1]["loss"])) / len(micro_batches)).backward()
+        self._scale.lower(trained(self.module).values())
         norm = nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if applied := bool(norm.isfinite()):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(mean_parts(parts), float(norm), applied)
+        return Outcome(mean_parts(parts), float(norm), applied, self._scale.update(applied))
 
     def state(self) -> dict[str, Tensor]:
         """See Engine."""
-        return {key: tensor for own in trained(self.module).items() for key, tensor in read_state(*own, self.optimizer)}
+        state = self._scale.state()
+        for name, parameter in trained(self.module).items():
+            state.update(read_state(name, parameter, self.optimizer))
+        return state
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """See Engine."""
+        self._scale.load_state(state)
         for name, parameter in trained(self.module).items():
             write_state(name, parameter, self.optimizer, state, steps)

@@ -4,9 +4,10 @@ from torch import nn
 from toy_training import Toy, batch_at, config, weights
 
 from schemas.failures import UsageFailure
+from stages.engine import engines
 from stages.engine.engines import start_engine
 from stages.engine.loop import train
-from stages.engine.precision import choose_precision
+from stages.engine.precision import LossScale, choose_precision
 from stages.engine.processes import Place
 from stages.engine.schedule import learning_rate
 
@@ -141,3 +142,63 @@ def test_auto_chooses_deepspeed_and_what_is_fast(tmp_path):
 def test_torch_alone_neither_shards_nor_joins(settings, world):
     with pytest.raises(UsageFailure, match=r"--engine torch trains on one device.*--engine deepspeed"):
         start_engine(Toy(), config(engine="torch", **settings), Place(0, 0, world, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("error", [ImportError("no module"), RuntimeError("no nvcc\nfound"), OSError("libaio")])
+def test_auto_falls_back_to_torch_where_deepspeed_cannot_be_imported(error, monkeypatch):
+    def refuse(place):
+        raise error
+
+    said = []
+    monkeypatch.setattr(engines.logger, "warning", lambda text, *values: said.append(text.format(*values)))
+    monkeypatch.setattr(engines, "load_deepspeed", refuse)
+    assert start_engine(Toy(), config(engine="auto"), ALONE).name == "torch"
+    assert said == [
+        f"DeepSpeed cannot be imported here ({type(error).__name__}: {' '.join(str(error).split())}): "
+        "training with plain torch"
+    ]
+    for settings, place in [({"engine": "deepspeed"}, ALONE), ({"engine": "auto", "zero_stage": 1}, ALONE)]:
+        with pytest.raises(UsageFailure, match=r"cannot be imported here .*: mend it, or train in one") as refused:
+            start_engine(Toy(), config(**settings), place)
+        assert "\n" not in str(refused.value)
+
+
+def test_fp16_trains_nearly_like_fp32_under_every_engine(tmp_path):
+    exact = trained(tmp_path)
+    start = Toy().out.weight
+    for engine in ENGINES:
+        rounded = trained(tmp_path, precision="fp16", **ENGINES[engine])
+        assert all(tensor.dtype == torch.float32 for tensor in rounded.values())
+        assert (rounded["out.weight"] - exact["out.weight"]).norm() > 0
+        assert (rounded["out.weight"] - exact["out.weight"]).norm() < 0.1 * (exact["out.weight"] - start).norm()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_loss_scale_of_fp16_is_halved_by_overflow_and_doubled_by_patience(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(LossScale, "START", 2.0**24)
+    monkeypatch.setattr(LossScale, "PATIENCE", 3)
+    started = start_engine(Toy(), config(**ENGINES[engine], precision="fp16"), ALONE)
+    outcomes, scales = [], []
+    for step in range(24):
+        before = {name: tensor.clone() for name, tensor in started.state().items() if name != "loss_scale"}
+        scales.append(started.state()["loss_scale"][0].item())
+        outcomes.append(started.step([batch_at(step)], 1e-3))
+        after = started.state()
+        assert outcomes[-1].applied != all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert outcomes[-1].rescaled == (not outcomes[-1].applied)
+    applied = [outcome.applied for outcome in outcomes]
+    assert applied[0] is False and applied.count(True) >= 12
+    clean = 0
+    for number in range(1, 24):
+        clean = clean + 1 if applied[number - 1] else 0
+        factor = 0.5 if not applied[number - 1] else 2 if clean and clean % 3 == 0 else 1
+        assert scales[number] == scales[number - 1] * factor
+    norms = [outcome.norm for outcome in outcomes if outcome.applied]
+    assert max(norms) < 10  # of the gradient itself, not of the scaled one
+
+
+def test_fp16_on_a_processor_is_doubted(monkeypatch):
+    said = []
+    monkeypatch.setattr(engines.logger, "warning", said.append)
+    start_engine(Toy(), config(precision="fp16"), ALONE)
+    assert said == ["fp16 is emulated on this processor, and slower than fp32: it is of use on GPUs only"]

@@ -20,6 +20,7 @@ from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 from schemas.failures import DivergedFailure, InterruptedFailure, UsageFailure
 from stages.engine import checkpoints
 from stages.engine.loop import train
+from stages.engine.precision import LossScale
 from stages.engine.schedule import learning_rate
 
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow if name == "zero-3" else ()) for name in ENGINES]
@@ -60,6 +61,18 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(engine, deaths, tmp_
     for step in deaths:
         killed(tmp_path / "cut", step, **ENGINES[engine])
     assert_same(trained(tmp_path / "cut", **ENGINES[engine]), expected)
+
+
+@pytest.mark.parametrize("engine", SLOWLY)
+def test_the_loss_scale_is_resumed_to_the_bit(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(LossScale, "START", 2.0**22)  # overflows at first
+    monkeypatch.setattr(LossScale, "PATIENCE", 2)
+    settings = {**ENGINES[engine], "precision": "fp16", "skipped_steps": 0, "steps": 16}
+    expected = trained(tmp_path / "whole", **settings)
+    assert 2 <= expected[1].skipped < 12
+    for step in (4, 10):
+        killed(tmp_path / "cut", step, **settings)
+    assert_same(trained(tmp_path / "cut", **settings), expected)
 
 
 def test_a_resumed_training_repeats_no_step_before_its_checkpoint(tmp_path):
