@@ -38,8 +38,14 @@ class TrainingConfig(Config):
         "auto", description="DeepSpeed, or plain torch on one device; auto takes DeepSpeed where it is installed."
     )
     zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed's ZeRO stage: what is sharded over processes.")
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="Where ZeRO 1 to 3 keep the optimizer's averages and do its steps; cpu frees GPU memory."
+    )
     micro_batch_size: int | None = runtime_setting(
         None, "Rows in one forward pass of one process; default: the whole share of a step.", gt=0
+    )
+    activation_checkpointing: bool = runtime_setting(
+        False, "Compute each layer's inside once more for the gradient, to keep less of it in memory."
     )
     checkpoint_every: int = runtime_setting(200, "Steps between checkpoints from which a killed run resumes.", gt=0)
     log_every: int = runtime_setting(50, "Steps between lines of the log and of metrics.jsonl.", gt=0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.training import TrainingConfig
+from stages.engine.deepspeed_config import deepspeed_config
 from stages.engine.optimizer import AVERAGES, Outcome, Parts, mean_parts, poisoned, read_state, trained, write_state
 from stages.engine.precision import LossScale
 from stages.engine.processes import Place, join_processes
@@ -34,8 +35,6 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed = load_deepspeed(place)
         join_processes(place)
-        rows = config.batch_size // place.world
-        micro = min(config.micro_batch_size or rows, rows)
         self._stage = config.zero_stage
         self._clipping = config.gradient_clipping
         self._scale = scale
@@ -43,16 +42,7 @@ class DeepSpeedEngine:
             model=module,
             optimizer=optimizer,
             dist_init_required=False,
-            config={
-                "train_batch_size": config.batch_size,
-                "train_micro_batch_size_per_gpu": micro,
-                "gradient_accumulation_steps": rows // micro,
-                # Without ZeRO, DeepSpeed clips but does not tell the norm, so `step` clips.
-                "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
-                "zero_optimization": {"stage": config.zero_stage},
-                "zero_allow_untested_optimizer": True,
-                "steps_per_print": 10**9,
-            },
+            config=deepspeed_config(config, place.world),
         )
         self.module = module
         self._start_averages()

@@ -42,6 +42,9 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
     if config.zero_stage == 3:
         # It takes a module's weights apart, frozen ones too, and never puts them back.
         module = copy.deepcopy(module)
+    for layer in module.modules():
+        if hasattr(layer, "recompute"):
+            setattr(layer, "recompute", config.activation_checkpointing)  # noqa: B010  # for mypy, a module has tensors only
     precision = choose_precision(config, place)
     if precision == "fp16" and place.device.type == "cpu":
         logger.warning("fp16 is emulated on this processor, and slower than fp32: it is of use on GPUs only")
@@ -54,6 +57,10 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
 
 def _choose_engine(config: TrainingConfig, place: Place) -> str:
     """DeepSpeed if asked for; for `auto`, if it can be imported or nothing else will do."""
+    if config.offload_optimizer != "none" and not config.zero_stage:
+        raise UsageFailure(
+            "--offload-optimizer cpu needs --zero-stage 1, 2 or 3: without ZeRO there is nothing to move"
+        )
     alone = place.world == 1 and not config.zero_stage
     if config.engine == "torch":
         if not alone:

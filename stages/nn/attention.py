@@ -16,6 +16,7 @@ from math import pi
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from schemas.decoder import Architecture, LinearRope, RopeScaling
 
@@ -186,6 +187,8 @@ class SwiGLU(nn.Module):
 class Layer(nn.Module):
     """Pre-norm transformer layer: attention, then MLP, each added to the residual stream."""
 
+    recompute = False  # keep the layer's input only, and compute the rest once more for the gradient
+
     def __init__(
         self,
         width: int,
@@ -206,6 +209,11 @@ class Layer(nn.Module):
 
     def forward(self, x_BTD: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
         """One layer over the new positions."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._through, x_BTD, view, cache, use_reentrant=False)
+        return self._through(x_BTD, view, cache)
+
+    def _through(self, x_BTD: Tensor, view: View, cache: LayerCache | None) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 

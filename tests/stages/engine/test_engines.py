@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
-from toy_training import Toy, batch_at, config, weights
+from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 
+from schemas.compose_model import CentralConfig
+from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
 from stages.engine import engines
 from stages.engine.engines import start_engine
@@ -10,6 +12,8 @@ from stages.engine.loop import train
 from stages.engine.precision import LossScale, choose_precision
 from stages.engine.processes import Place
 from stages.engine.schedule import learning_rate
+from stages.nn.central import CentralLoss, CentralModel
+from stages.nn.decoder import Decoder, NextTokenLoss
 
 ENGINES = {
     "torch": {"engine": "torch"},
@@ -202,3 +206,57 @@ def test_fp16_on_a_processor_is_doubted(monkeypatch):
     monkeypatch.setattr(engines.logger, "warning", said.append)
     start_engine(Toy(), config(precision="fp16"), ALONE)
     assert said == ["fp16 is emulated on this processor, and slower than fp32: it is of use on GPUs only"]
+
+
+@pytest.mark.parametrize(
+    "engine, loss", [*((engine, "decoder") for engine in ENGINES), ("torch", "central"), ("zero-2", "central")]
+)
+def test_layers_computed_twice_train_to_the_same_bits(engine, loss, tmp_path):
+    def module():
+        torch.manual_seed(1)
+        shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+        if loss == "decoder":
+            config = DecoderConfig(**shape, num_hidden_layers=2, num_key_value_heads=1)
+            return NextTokenLoss(Decoder(config))
+        layers = {"encoder_layers": 1, "latent_layers": 2, "decoder_layers": 2, "group_length": 2}
+        config = CentralConfig(**shape, **layers, num_key_value_heads=2, latents_per_group=1, plan_horizon=1)
+        return CentralLoss(CentralModel(config))
+
+    kept, again = (
+        trained(tmp_path, module(), **ENGINES[engine], steps=3, precision="bf16", activation_checkpointing=twice)
+        for twice in (False, True)
+    )
+    assert_close(again, kept, 0)
+    assert not torch.equal(kept[next(iter(kept))], weights(module())[next(iter(kept))])
+
+
+@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_optimizer_kept_on_the_processor_skips_stops_and_resumes_like_any(stage, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def batches(step):
+        if step == killed_at:
+            raise Killed
+        return batch_with(2)(step)
+
+    settings = {"engine": "deepspeed", "zero_stage": stage, "offload_optimizer": "cpu", "precision": "fp16"}
+    for name in ("whole", "cut", "exact"):
+        (tmp_path / name).mkdir()
+    whole, cut = Toy(), Toy()
+    train(whole, batch_with(2), config(**settings), tmp_path / "whole", "toy")
+    killed_at = 4
+    with pytest.raises(Killed):
+        train(Toy(), batches, config(**settings), tmp_path / "cut", "toy")
+    killed_at = None
+    train(cut, batches, config(**settings), tmp_path / "cut", "toy")
+    assert_close(weights(cut), weights(whole), 0)
+    exact = Toy()
+    train(exact, batch_with(2), config(**settings | {"precision": "fp32"}), tmp_path / "exact", "toy")
+    assert_close(weights(exact), reference(config(), 8, (2,)))
+
+
+def test_there_is_nothing_to_offload_without_zero():
+    for settings in ({"engine": "torch"}, {"engine": "auto"}, {"engine": "deepspeed"}):
+        with pytest.raises(UsageFailure, match="--offload-optimizer cpu needs --zero-stage 1, 2 or 3"):
+            start_engine(Toy(), config(**settings, offload_optimizer="cpu"), ALONE)

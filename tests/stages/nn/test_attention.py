@@ -131,3 +131,21 @@ def test_projections_into_the_residual_stream_start_smaller():
     assert made.self_attn.o_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert made.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert torch.equal(made.input_layernorm.weight, torch.ones(256))
+
+
+def test_a_layer_computed_twice_gives_the_same_gradient_and_keeps_less() -> None:
+    def run(recompute: bool) -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        layer, kept = Layer(16, 40, 2, 2, 1e-5), []
+        layer.recompute = recompute
+        x_BTD = torch.randn(2, 9, 16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t
+        ):
+            out_BTD = layer(x_BTD, View(torch.arange(9), 8, 1e4))
+        out_BTD.square().sum().backward()
+        return [out_BTD, x_BTD.grad, *(parameter.grad for parameter in layer.parameters())], sum(kept)
+
+    (plain, all_kept), (twice, kept) = run(False), run(True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, twice, strict=True))
+    assert kept < all_kept / 5
