@@ -1,8 +1,10 @@
 """How anything is trained: optimizer, schedule, precision, engine. One set of fields for every model."""
 
-from typing import Literal, Self
+import json
+from pathlib import Path
+from typing import Literal, NoReturn, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.strict import Config, Strict, runtime_setting
 
@@ -41,6 +43,9 @@ class TrainingConfig(Config):
     offload_optimizer: Literal["none", "cpu"] = Field(
         "none", description="Where ZeRO 1 to 3 keep the optimizer's averages and do its steps; cpu frees GPU memory."
     )
+    deepspeed: str | None = Field(
+        None, description="JSON file of DeepSpeed settings to go with these; its content is kept in its place."
+    )
     micro_batch_size: int | None = runtime_setting(
         None, "Rows in one forward pass of one process; default: the whole share of a step.", gt=0
     )
@@ -50,11 +55,35 @@ class TrainingConfig(Config):
     checkpoint_every: int = runtime_setting(200, "Steps between checkpoints from which a killed run resumes.", gt=0)
     log_every: int = runtime_setting(50, "Steps between lines of the log and of metrics.jsonl.", gt=0)
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _content(cls, value: str | None) -> str | None:
+        """The file's content in canonical form: it decides what is computed, where it lies does not."""
+        if value is None:
+            return None
+        text = value
+        if not value.startswith("{"):
+            try:
+                text = Path(value).read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"cannot read {value}: {getattr(error, 'strerror', None) or error}") from error
+        try:
+            content = json.loads(text, parse_constant=_no_number)
+        except ValueError as error:
+            raise ValueError(f"{value} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{value} must hold a JSON object, found {text:.40}")
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} are more than all steps: lower one of them")
         return self
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
 
 
 class TrainingMetrics(Strict):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from schemas.training import TrainingConfig
 from stages.engine.deepspeed_config import deepspeed_config
 from stages.engine.optimizer import AVERAGES, Outcome, Parts, mean_parts, poisoned, read_state, trained, write_state
-from stages.engine.precision import LossScale
+from stages.engine.precision import LossScale, choose_precision
 from stages.engine.processes import Place, join_processes
 
 
@@ -42,7 +42,7 @@ class DeepSpeedEngine:
             model=module,
             optimizer=optimizer,
             dist_init_required=False,
-            config=deepspeed_config(config, place.world),
+            config=deepspeed_config(config, choose_precision(config, place), place.world),
         )
         self.module = module
         self._start_averages()

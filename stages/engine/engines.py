@@ -61,10 +61,12 @@ def _choose_engine(config: TrainingConfig, place: Place) -> str:
         raise UsageFailure(
             "--offload-optimizer cpu needs --zero-stage 1, 2 or 3: without ZeRO there is nothing to move"
         )
-    alone = place.world == 1 and not config.zero_stage
+    alone = place.world == 1 and not config.zero_stage and config.deepspeed is None
     if config.engine == "torch":
         if not alone:
-            raise UsageFailure("--engine torch trains on one device, without ZeRO: use --engine deepspeed")
+            raise UsageFailure(
+                "--engine torch trains on one device, without ZeRO or a --deepspeed file: use --engine deepspeed"
+            )
         return "torch"
     if config.engine == "auto" and alone and importlib.util.find_spec("deepspeed") is None:
         return "torch"
