@@ -1,7 +1,10 @@
 """The variables with which launchers tell a process its place among those that work together."""
 
 import os
+import time
 from typing import NamedTuple
+
+STARTED = time.monotonic()  # when the command did, but for the import of Python itself
 
 
 class Rank(NamedTuple):

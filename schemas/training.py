@@ -53,6 +53,11 @@ class TrainingConfig(Config):
         False, "Compute each layer's inside once more for the gradient, to keep less of it in memory."
     )
     checkpoint_every: int = runtime_setting(200, "Steps between checkpoints from which a killed run resumes.", gt=0)
+    max_minutes: float | None = runtime_setting(
+        None,
+        "Minutes after the start of the command before which a training stops, to be resumed (exit code 75).",
+        gt=0,
+    )
     log_every: int = runtime_setting(50, "Steps between lines of the log and of metrics.jsonl.", gt=0)
 
     @field_validator("deepspeed")

@@ -4,7 +4,8 @@
   nothing, and ends with the weights of an uninterrupted one
 - a step whose loss or gradient is not finite is left out, on all processes alike; too many in a row stop the training,
   and the last checkpoint stays
-- SIGTERM and SIGINT end the step, write a checkpoint and stop with exit code 75: the same command resumes
+- SIGTERM, SIGINT, SIGUSR1 and the end of `max_minutes` end the step, write a checkpoint and stop with exit code 75:
+  the same command resumes
 """
 
 import shutil
@@ -25,7 +26,7 @@ from stages.engine.precision import choose_precision
 from stages.engine.processes import Place, any_process, find_place, mean_over_processes
 from stages.engine.reporter import Reporter
 from stages.engine.schedule import learning_rate
-from stages.engine.stopping import stop_requested
+from stages.engine.stopping import Deadline, stop_requested
 
 CURVE_POINTS = 100
 
@@ -48,6 +49,7 @@ def train(
     saved = folder / "checkpoints"
     course = Course(_resume(engine, saved, label), config, label, batch_at)
     reporter = Reporter(label, folder, config, course.step, place)
+    deadline = Deadline(config.max_minutes)
     with stop_requested() as stopping:
         for step in range(course.step, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)
@@ -57,7 +59,7 @@ def train(
             course.advance(loss, outcome)
             reporter.report(course.step, loss, outcome, rate, course.skipped)
             done = course.step
-            stop = any_process(stopping(), place) and done < config.steps
+            stop = any_process(deadline.near() or stopping(), place) and done < config.steps
             if stop or (done % config.checkpoint_every == 0 and done < config.steps):
                 _save(engine, saved, course, place)
             if stop:

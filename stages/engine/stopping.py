@@ -1,16 +1,40 @@
-"""When a training stops before its end: signals."""
+"""When a training stops before its end, with a checkpoint: a signal came, or the time it was given runs out.
+
+- SIGTERM and SIGINT; SIGUSR1 is what `sbatch --signal=USR1@60` sends before Slurm ends a job or takes its nodes away
+- time is kept from the start of the command, as a job's limit is, also where one command trains several models
+"""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from schemas.launch import STARTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Deadline:
+    """Says when the step after this one, or the checkpoint, could end too late."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else STARTED + 60 * minutes
+        self._last = time.monotonic()
+        self._longest = 0.0  # of a step, with the checkpoint and whatever else came with it
+
+    def near(self) -> bool:
+        """To be asked once per step."""
+        now = time.monotonic()
+        self._longest, self._last = max(self._longest, now - self._last), now
+        return self._end is not None and now + 2 * self._longest >= self._end
+
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """While inside, SIGTERM and SIGINT are remembered instead of obeyed; a second one is obeyed."""
+    """While inside, the signals are remembered instead of obeyed; a second one is obeyed."""
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)

@@ -18,7 +18,7 @@ from torch import nn
 from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 
 from schemas.failures import DivergedFailure, InterruptedFailure, UsageFailure
-from stages.engine import checkpoints
+from stages.engine import checkpoints, stopping
 from stages.engine.loop import train
 from stages.engine.precision import LossScale
 from stages.engine.schedule import learning_rate
@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_without_any_trace_in_the_gradient_stops_at_on
         train(Detached(), batch_with(2), config(), tmp_path, "toy")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("engine", ["torch", "zero-1"])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume_from(number, engine, tmp_path):
     expected = trained(tmp_path / "whole", **ENGINES[engine])
@@ -252,6 +252,22 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume_from(number, e
     assert signal.getsignal(number) == before
     assert checkpoints.newest(tmp_path / "cut" / "checkpoints")[1].step == 5
     assert_same(trained(tmp_path / "cut", **ENGINES[engine]), expected)
+
+
+def test_the_time_given_ends_a_training_before_it_is_over(tmp_path, monkeypatch):
+    expected = trained(tmp_path / "whole")
+    monkeypatch.setattr(stopping, "STARTED", time.monotonic() - 60)  # the command began a minute ago
+    (tmp_path / "cut").mkdir()
+
+    def batches(step):
+        time.sleep(0.3)
+        return batch_at(step)
+
+    with pytest.raises(InterruptedFailure, match=r"toy stopped after step [1-6]: run the same command") as stopped:
+        train(Toy(dropout=0.2), batches, config(max_minutes=1 + 2 / 60), tmp_path / "cut", "toy")
+    assert stopped.value.exit_code == 75
+    assert time.monotonic() - stopping.STARTED < 62
+    assert_same(trained(tmp_path / "cut"), expected)
 
 
 def test_a_second_signal_is_obeyed_at_once(tmp_path):
