@@ -53,6 +53,10 @@ class TrainingConfig(Config):
         False, "Compute each layer's inside once more for the gradient, to keep less of it in memory."
     )
     checkpoint_every: int = runtime_setting(200, "Steps between checkpoints from which a killed run resumes.", gt=0)
+    tensorboard: bool = runtime_setting(True, "Write event files for TensorBoard to `tensorboard/` by metrics.jsonl.")
+    wandb: bool = runtime_setting(
+        False, "Also log to Weights & Biases; its own variables rule: WANDB_MODE=offline needs no network."
+    )
     max_minutes: float | None = runtime_setting(
         None,
         "Minutes after the start of the command before which a training stops, to be resumed (exit code 75).",

@@ -39,7 +39,7 @@ def train(
     module: gives losses in nats, `module(rows)["loss"]` being optimised; the others are logged
     batch_at: int64 [batch_size, sequence_length + 1] for a step from 0 on, a pure function; where it has a method
         `describe(step)`, that names the rows when the loss is not finite
-    folder: where `checkpoints/` and `metrics.jsonl` go
+    folder: where `checkpoints/`, `metrics.jsonl` and `tensorboard/` go
 
     Raises DivergedFailure, InterruptedFailure, and UsageFailure when the batch cannot be divided.
     """
@@ -48,9 +48,8 @@ def train(
     engine = start_engine(module, config, place)
     saved = folder / "checkpoints"
     course = Course(_resume(engine, saved, label), config, label, batch_at)
-    reporter = Reporter(label, folder, config, course.step, place)
     deadline = Deadline(config.max_minutes)
-    with stop_requested() as stopping:
+    with Reporter(label, folder, config, course.step, place) as reporter, stop_requested() as stopping:
         for step in range(course.step, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)
             rate = learning_rate(step, config)

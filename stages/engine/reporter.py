@@ -1,17 +1,23 @@
-"""What a training says while it runs: the progress bar, the log, metrics.jsonl.
+"""What a training says while it runs: the progress bar, the log, metrics.jsonl, TensorBoard, Weights & Biases.
 
 - metrics.jsonl is the table of the run, a row per logged step: polars, pandas and duckdb read it as it is
+- all of it is said by the first process only, and none of it is in a manifest
 - a step that was left out always has a line; what is not finite has no place in JSON and is left out of it
 """
 
 import json
 import math
 import time
+import uuid
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from loguru import logger
 
+from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
+from stages.engine.event_file import EventFile
 from stages.engine.optimizer import Outcome
 from stages.engine.processes import Place
 
@@ -26,8 +32,26 @@ class Reporter:
         self._first_step = first_step
         self._started = time.monotonic()
         self._silent = place.rank > 0
-        if not self._silent:
-            self._forget_after(first_step)
+        self._events: EventFile | None = None
+        self._wandb: Any = None
+        if self._silent:
+            return
+        self._forget_after(first_step)
+        if config.wandb:
+            self._wandb = _start_wandb(label, folder, config)
+        if config.tensorboard:
+            self._events = EventFile(folder / "tensorboard", first_step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._events:
+            self._events.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=0 if error is None else 1)
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run does again."""
@@ -58,5 +82,27 @@ class Reporter:
             "tokens_per_second": tokens_per_second,
             "skipped": skipped,
         }
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         with self._path.open("a") as file:
-            file.write(json.dumps({name: value for name, value in numbers.items() if math.isfinite(value)}) + "\n")
+            file.write(json.dumps(numbers) + "\n")
+        rest = {name: value for name, value in numbers.items() if name != "step"}
+        if self._events:
+            self._events.write(step, rest)
+        if self._wandb:
+            self._wandb.log(rest, step=step)
+
+
+def _start_wandb(label: str, folder: Path, config: TrainingConfig) -> Any:
+    """A run of Weights & Biases, the same one when the training is resumed. Raises UsageFailure without the package."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageFailure(f"--wandb: {error}: pip install 'cpipe[wandb]', or leave the flag out") from error
+    place = folder / "wandb"
+    place.mkdir(exist_ok=True)
+    name = place / "run-id"
+    if not name.exists():
+        name.write_text(uuid.uuid4().hex[:16])
+    return wandb.init(
+        project="cpipe", name=label, id=name.read_text(), resume="allow", dir=str(place), config=config.key_settings()
+    )
