@@ -386,6 +386,21 @@ def test_what_is_not_finite_on_one_process_is_left_out_on_all(engines, tmp_path)
             assert_close(weights_of(tmp_path, rank, number), reference(config(), 8, (2, 5)), 1e-5)
 
 
+@pytest.mark.parametrize("engine", ["zero-0", pytest.param("zero-2", marks=pytest.mark.slow)])
+def test_one_two_and_again_one_process_continue_each_others_training(engine, tmp_path):
+    """To 1e-5 of one process throughout: two sum the gradient in another order."""
+    settings = config(**ENGINES[engine])
+    (alone,) = [started(tmp_path, settings, environment={"DEATH": "4"})]
+    assert ended(alone)[0] == 9
+    assert checkpoints.newest(tmp_path / "checkpoints")[1].step == 3
+    assert [ended(process)[0] for process in in_two(tmp_path, settings, environment={"DEATH": "7"})] == [9, 9]
+    progress = checkpoints.newest(tmp_path / "checkpoints")[1]
+    assert (progress.step, progress.tokens, len(progress.losses)) == (6, 6 * 4 * 6, 6)
+    code, errors = ended(started(tmp_path, settings))
+    assert code == 0, errors
+    assert_close(weights_of(tmp_path), reference(settings, 8), 1e-5)
+
+
 def test_two_processes_stop_together_when_one_gets_the_signal(tmp_path):
     processes = in_two(tmp_path, config(**ENGINES["zero-1"], steps=200), environment={"PAUSE": "0.02"})
     wait_for_step(tmp_path, 5, processes[0])

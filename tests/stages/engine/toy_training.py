@@ -1,6 +1,7 @@
 """A model small enough to train in milliseconds, for tests in this process and in others.
 
 python toy_training.py FOLDER CONFIG-JSON...: trains in FOLDER once with each config, and writes the weights there.
+At step `DEATH` it ends, at the steps `BAD` a row is bad.
 Every step leaves its number in FOLDER/step-RANK, and takes `PAUSE` seconds.
 """
 
@@ -81,6 +82,8 @@ def main():
 
     def batch_with_trace(step):
         (folder / f"step-{rank}").write_text(str(step))
+        if step == int(os.environ.get("DEATH", "-1")):
+            sys.exit(9)
         time.sleep(float(os.environ.get("PAUSE", "0")))
         return batches(step)
 
