@@ -24,7 +24,10 @@ class TrainingConfig(Config):
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
     decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in which the rate of wsd falls.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="AdamW, or Muon for the matrices of layers and AdamW for the rest (engine torch only)."
+    )
+    weight_decay: float = Field(0.1, ge=0, description="Of either optimizer, on matrices only.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the squared-gradient average.")
     gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the gradient.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from schemas.training import TrainingConfig
 from stages.engine.deepspeed_config import deepspeed_config
@@ -28,7 +29,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: Optimizer,
         config: TrainingConfig,
         scale: LossScale,
         place: Place,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
 from stages.engine.deepspeed_engine import DeepSpeedEngine, load_deepspeed
-from stages.engine.optimizer import Outcome, build_optimizer
+from stages.engine.optimizer import Outcome, build_optimizers
 from stages.engine.precision import Autocast, LossScale, choose_precision
 from stages.engine.processes import Place
 from stages.engine.torch_engine import TorchEngine
@@ -49,10 +49,11 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
     if precision == "fp16" and place.device.type == "cpu":
         logger.warning("fp16 is emulated on this processor, and slower than fp32: it is of use on GPUs only")
     wrapped = Autocast(module, place.device, precision).to(place.device)
-    optimizer, scale = build_optimizer(wrapped, config), LossScale(precision)
+    optimizers, scale = build_optimizers(wrapped, config), LossScale(precision)
     if name == "torch":
-        return TorchEngine(wrapped, optimizer, config, scale)
-    return DeepSpeedEngine(wrapped, optimizer, config, scale, place)
+        return TorchEngine(wrapped, optimizers, config, scale)
+    (adamw,) = optimizers
+    return DeepSpeedEngine(wrapped, adamw, config, scale, place)
 
 
 def _choose_engine(config: TrainingConfig, place: Place) -> str:
@@ -62,6 +63,12 @@ def _choose_engine(config: TrainingConfig, place: Place) -> str:
             "--offload-optimizer cpu needs --zero-stage 1, 2 or 3: without ZeRO there is nothing to move"
         )
     alone = place.world == 1 and not config.zero_stage and config.deepspeed is None
+    if config.optimizer == "muon":
+        if config.engine == "deepspeed" or not alone:
+            raise UsageFailure(
+                "--optimizer muon needs whole matrices in one process: use --engine torch without ZeRO, or adamw"
+            )
+        return "torch"
     if config.engine == "torch":
         if not alone:
             raise UsageFailure(

@@ -1,12 +1,14 @@
 """The optimizer over what is trained, what a step of it came to, and its state under the names of a checkpoint."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
 
 AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names torch gives them
@@ -33,12 +35,33 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay only on matrices: a norm's scale or a gate has no reason to be small."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def build_optimizers(module: nn.Module, config: TrainingConfig) -> list[Optimizer]:
+    """AdamW, or Muon and AdamW. Weight decay only on matrices: a norm's scale or a gate has no reason to be small.
+
+    Raises UsageFailure where there is no Muon, or nothing for it to do.
+    """
+    parameters = trained(module).values()
+    if config.optimizer == "adamw":
+        return [_adamw(parameters, config)]
+    if not hasattr(torch.optim, "Muon"):
+        raise UsageFailure(f"--optimizer muon needs torch 2.9 or newer, found {torch.__version__}: use adamw")
+    inside = _matrices_of_layers(module)
+    if not inside:
+        raise UsageFailure("--optimizer muon: what is trained has no matrices inside layers: use adamw")
+    # Updates as large as AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so that rates and
+    # weight decay carry over.
+    muon = torch.optim.Muon(
+        inside, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    among = {id(parameter) for parameter in inside}
+    rest = [parameter for parameter in parameters if id(parameter) not in among]
+    return [muon, _adamw(rest, config)] if rest else [muon]
+
+
+def _adamw(parameters: Collection[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -46,6 +69,13 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Ad
         betas=(config.adam_beta1, config.adam_beta2),
         fused=True,
     )
+
+
+def _matrices_of_layers(module: nn.Module) -> list[nn.Parameter]:
+    """Not embeddings and output layers: their rows are tokens, which are updated each for itself (Jordan 2024)."""
+    tokens = {id(p) for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+    named = trained(module).items()
+    return [p for name, p in named if p.dim() == 2 and id(p) not in tokens and not name.endswith("lm_head.weight")]
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -58,17 +88,23 @@ def mean_parts(parts: list[Parts]) -> Parts:
     return {name: torch.stack([part[name].detach().float() for part in parts]).mean() for name in parts[0]}
 
 
-def read_state(name: str, parameter: nn.Parameter, optimizer: torch.optim.AdamW) -> Iterator[tuple[str, Tensor]]:
+def read_state(name: str, parameter: nn.Parameter, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """A parameter that is whole, and its averages, under the names of a checkpoint."""
     yield f"weight/{name}", parameter.detach()
-    for key in AVERAGES:  # none before the first step that was applied
+    for key in averages_of(optimizer):  # none before the first step that was applied
         yield f"{key}/{name}", optimizer.state[parameter].get(key, torch.zeros_like(parameter))
 
 
-def write_state(
-    name: str, parameter: nn.Parameter, optimizer: torch.optim.AdamW, state: dict[str, Tensor], steps: int
-) -> None:
+def write_state(name: str, parameter: nn.Parameter, optimizer: Optimizer, state: dict[str, Tensor], steps: int) -> None:
     """The inverse of `read_state`."""
     parameter.data.copy_(state[f"weight/{name}"])
-    averages = {key: state[f"{key}/{name}"].to(parameter.device).clone() for key in AVERAGES}
-    optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **averages}
+    keys = averages_of(optimizer)
+    averages = {key: state[f"{key}/{name}"].to(parameter.device).clone() for key in keys}
+    if keys == AVERAGES:
+        averages["step"] = torch.tensor(float(steps), device=parameter.device)
+    optimizer.state[parameter] = averages
+
+
+def averages_of(optimizer: Optimizer) -> tuple[str, ...]:
+    """The names of what the optimizer keeps for each parameter."""
+    return AVERAGES if isinstance(optimizer, torch.optim.AdamW) else ("momentum_buffer",)

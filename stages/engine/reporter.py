@@ -104,5 +104,5 @@ def _start_wandb(label: str, folder: Path, config: TrainingConfig) -> Any:
     if not name.exists():
         name.write_text(uuid.uuid4().hex[:16])
     return wandb.init(
-        project="cpipe", name=label, id=name.read_text(), resume="allow", dir=str(place), config=config.key_settings()
+        project="cpipe", name=label, id=name.read_text(), resume="allow", dir=str(folder), config=config.key_settings()
     )

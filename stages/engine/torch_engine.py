@@ -1,7 +1,7 @@
 """Plain torch on one device: nothing between torch and the model."""
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from schemas.training import TrainingConfig
 from stages.engine.optimizer import Outcome, mean_parts, poisoned, read_state, trained, write_state
@@ -14,10 +14,11 @@ class TorchEngine:
     name = "torch"
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.AdamW, config: TrainingConfig, scale: LossScale
+        self, module: nn.Module, optimizers: list[Optimizer], config: TrainingConfig, scale: LossScale
     ) -> None:
         self.module = module
-        self.optimizer = optimizer
+        self.optimizers = optimizers
+        self._owner = {p: one for one in optimizers for group in one.param_groups for p in group["params"]}
         self._clipping = config.gradient_clipping
         self._scale = scale
 
@@ -29,22 +30,24 @@ class TorchEngine:
             (self._scale.raised(poisoned(parts[-1]["loss"])) / len(micro_batches)).backward()
         self._scale.lower(trained(self.module).values())
         norm = nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if applied := bool(norm.isfinite()):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        applied = bool(norm.isfinite())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if applied:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return Outcome(mean_parts(parts), float(norm), applied, self._scale.update(applied))
 
     def state(self) -> dict[str, Tensor]:
         """See Engine."""
         state = self._scale.state()
         for name, parameter in trained(self.module).items():
-            state.update(read_state(name, parameter, self.optimizer))
+            state.update(read_state(name, parameter, self._owner[parameter]))
         return state
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """See Engine."""
         self._scale.load_state(state)
         for name, parameter in trained(self.module).items():
-            write_state(name, parameter, self.optimizer, state, steps)
+            write_state(name, parameter, self._owner[parameter], state, steps)

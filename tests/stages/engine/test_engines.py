@@ -9,6 +9,7 @@ from schemas.failures import UsageFailure
 from stages.engine import engines
 from stages.engine.engines import start_engine
 from stages.engine.loop import train
+from stages.engine.optimizer import build_optimizers
 from stages.engine.precision import LossScale, choose_precision
 from stages.engine.processes import Place
 from stages.engine.schedule import learning_rate
@@ -260,3 +261,84 @@ def test_there_is_nothing_to_offload_without_zero():
     for settings in ({"engine": "torch"}, {"engine": "auto"}, {"engine": "deepspeed"}):
         with pytest.raises(UsageFailure, match="--offload-optimizer cpu needs --zero-stage 1, 2 or 3"):
             start_engine(Toy(), config(**settings, offload_optimizer="cpu"), ALONE)
+
+
+def muon_update(momentum, gradient):
+    """Keller Jordan's Muon in ten lines: Nesterov momentum made nearly orthogonal, as large as AdamW's update."""
+    momentum.lerp_(gradient, 1 - 0.95)
+    x = gradient.lerp(momentum, 0.95).bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return (x.T if tall else x) * 0.2 * max(x.shape) ** 0.5
+
+
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(tmp_path):
+    settings = config(optimizer="muon")
+    module = Toy()
+    inside = [module.hidden.weight, module.out.weight]
+    others = {True: [module.embed.weight], False: [module.hidden.bias, module.norm.weight, module.norm.bias]}
+    groups = [{"params": p, "weight_decay": settings.weight_decay * decayed} for decayed, p in others.items()]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
+    momenta = [torch.zeros_like(p) for p in inside]
+    for step in range(8):
+        module(batch_at(step))["loss"].backward()
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        nn.utils.clip_grad_norm_(parameters, settings.gradient_clipping)
+        rate = learning_rate(step, settings)
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        with torch.no_grad():
+            for parameter, momentum in zip(inside, momenta, strict=True):
+                parameter.mul_(1 - rate * settings.weight_decay)
+                parameter.sub_(rate * muon_update(momentum, parameter.grad))
+        module.zero_grad()
+    assert_close(trained(tmp_path, optimizer="muon"), weights(module), 1e-3)  # bf16 rounds what is nearly orthogonal
+    far = (weights(module)["out.weight"] - trained(tmp_path)["out.weight"]).abs().max()
+    assert far > 1e-2
+
+
+def test_embeddings_and_the_output_layer_are_not_muons():
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    for tied in (True, False):
+        config_ = DecoderConfig(**shape, num_hidden_layers=1, num_key_value_heads=1, tie_word_embeddings=tied)
+        decoder = Decoder(config_)
+        muon, adamw = build_optimizers(decoder, config(optimizer="muon"))
+        inside = {id(p) for p in muon.param_groups[0]["params"]}
+        named = {name for name, p in decoder.named_parameters() if id(p) in inside}
+        assert named == {name for name in decoder.state_dict() if "proj" in name}
+        assert sum(len(group["params"]) for group in adamw.param_groups) == 3 + 1 + (not tied)
+
+
+def test_muon_skips_stops_and_resumes_to_the_bit(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def batches(step):
+        if step == 5 and not again:
+            raise Killed
+        return batch_with(1)(step)
+
+    whole, cut, again = Toy(), Toy(), False
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    train(whole, batch_with(1), config(optimizer="muon"), tmp_path / "whole", "toy")
+    with pytest.raises(Killed):
+        train(Toy(), batches, config(optimizer="muon"), tmp_path / "cut", "toy")
+    again = True
+    train(cut, batches, config(optimizer="muon"), tmp_path / "cut", "toy")
+    assert_close(weights(cut), weights(whole), 0)
+
+
+@pytest.mark.parametrize("settings", [{"engine": "deepspeed"}, {"engine": "auto", "zero_stage": 1}])
+def test_muon_is_for_one_process(settings):
+    assert start_engine(Toy(), config(engine="auto", optimizer="muon"), ALONE).name == "torch"
+    with pytest.raises(UsageFailure, match="--optimizer muon needs whole matrices in one process"):
+        start_engine(Toy(), config(**settings, optimizer="muon"), ALONE)
+    vectors = nn.ParameterList([nn.Parameter(torch.ones(3))])
+    with pytest.raises(UsageFailure, match="--optimizer muon: what is trained has no matrices inside layers"):
+        start_engine(vectors, config(engine="torch", optimizer="muon"), ALONE)
