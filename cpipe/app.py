@@ -95,8 +95,12 @@ def _generate_command() -> Any:
                 raise UsageFailure(f"the settings have {len(tables)} tables [[generate]]: leave one")
             (table,) = tables
             config = resolve(GenerateConfig, table, flags, "cpipe generate")
-            from stages.generate_text import stream
+            from stages.generate_text import continuations, stream
 
+            if config.prompts is not None:
+                for prompt, text in continuations(config, run):
+                    print(json.dumps({"prompt": prompt, "text": text}) if as_json else f"{prompt}{text}\n", flush=True)
+                return
             pieces = []
             for piece in stream(config, run):
                 pieces.append(piece)

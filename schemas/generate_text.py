@@ -1,6 +1,8 @@
 """Settings of generate."""
 
-from pydantic import Field, field_validator
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
 
 from schemas.strict import Config
 
@@ -9,6 +11,10 @@ class GenerateConfig(Config):
     """What continues which text, and how the next token is drawn."""
 
     prompt: str = Field("", description="Text to continue; empty: from nothing.")
+    prompts: str | None = Field(
+        None, description="File of prompts to continue, each as if it were alone: one a line, or .jsonl (prompt)."
+    )
+    batch_size: int = Field(8, gt=0, description="Texts of --prompts that a decoder writes side by side.")
     model: str = Field(
         "central",
         pattern=r"^[A-Za-z0-9_.:/-]+$",
@@ -31,3 +37,9 @@ class GenerateConfig(Config):
         if "" in stop:
             raise ValueError("an empty text would end everything at once")
         return stop
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.prompt and self.prompts is not None:
+            raise ValueError("prompt and prompts are both given: leave one of them")
+        return self

@@ -4,9 +4,11 @@
   first reads what it has missed. How many tokens experts read per token of the text is counted
 - a context that reaches the length the models were trained on goes on from its second half; which experts a text is for
   is told from all of it
+- a decoder is packed for writing where it can be; many prompts are then written side by side, each as if it were alone
 - text comes out as soon as its bytes are complete, but for what may still become a stop text
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,55 +29,137 @@ from stages.artifacts.model_folder import device
 from stages.artifacts.run_models import RunModels, expert_folder, routing_tensors
 from stages.clustering.features import normalised
 from stages.clustering.routing import cluster_weights, prefix_sums
-from stages.nn.attention import StackCache
+from stages.data.pieces import decoded, has_stopped, until_stop
+from stages.data.prompts import read_prompts
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
+from stages.nn.decoding import PackedDecoder, TextBatch, begin_text, packable
 from stages.nn.sampling import draw
 
 
-class Reader(Protocol):
-    """A model in the middle of a text."""
-
-    def read(self, ids: list[int]) -> Tensor:
-        """Take further tokens; log-probabilities [V] of the next one."""
+class Restarts(Protocol):
+    """Where a text is read, and can be read anew."""
 
     def restart(self, skipped: list[int], kept: list[int]) -> None:
         """Begin a new context that holds `kept`; `skipped` were never read and belong to the text before it."""
 
 
+class Reader(Restarts, Protocol):
+    """A model in the middle of a text."""
+
+    def read(self, ids: list[int]) -> Tensor:
+        """Take further tokens; log-probabilities [V] of the next one."""
+
+
 def stream(config: GenerateConfig, run_dir: Path) -> Iterator[str]:
     """Pieces of the continuation, as they are drawn. Raises UsageFailure when the run has no such model."""
-    tokens, models = TokenizeManifest.read(run_dir), RunModels.find(run_dir)
-    tokenizer = tokenizers.Tokenizer.from_file(str(tokens.output("tokenizer.json").check(run_dir)))
-    tokenizer.encode_special_tokens = True  # the name of a special token in a prompt is text like any other
-    end = tokens.metrics.end_of_text
-    prompt = [end, *tokenizer.encode(config.prompt, add_special_tokens=False).ids]
-    drawn = _draw_tokens(config, run_dir, models, prompt, end, tokens.metrics.vocab_size)
-    return _until_stop(_decode(tokenizer, drawn), config.stop)
+    book = Book(config, run_dir)
+    return _write(config.prompt, book, _reader(config, run_dir, book.models))
 
 
-def _draw_tokens(
-    config: GenerateConfig, run_dir: Path, models: RunModels, prompt: list[int], end: int, ids: int
-) -> Iterator[int]:
-    limit = models.decoder("seed")[0].max_position_embeddings
-    generator = torch.Generator().manual_seed(config.random_seed)
-    reader = _reader(config, run_dir, models)
-    context = unread = prompt[-limit:]
-    reader.restart(prompt[:-limit], [])
+def continuations(config: GenerateConfig, run_dir: Path) -> Iterator[tuple[str, str]]:
+    """Every prompt of the file `config.prompts` with its continuation, in their order.
+
+    A continuation is what the prompt alone would get. A decoder writes `config.batch_size` of them side by side, other
+    models one after the other. Raises InputFailure, and UsageFailure when the run has no such model.
+    """
+    prompts = read_prompts(Path(config.prompts or ""))
+    book = Book(config, run_dir)
+    reader = _reader(config, run_dir, book.models)
+    if isinstance(reader, DecoderReader) and isinstance(decoder := reader.decoder(), PackedDecoder):
+        yield from zip(prompts, _write_side_by_side(prompts, book, decoder), strict=True)
+        return
+    for prompt in prompts:
+        if isinstance(reader, ClusterMixReader):
+            reader.forget()
+        yield prompt, "".join(_write(prompt, book, reader))
+
+
+class Book:
+    """What all texts of a call share."""
+
+    def __init__(self, config: GenerateConfig, run_dir: Path) -> None:
+        tokens, self.models = TokenizeManifest.read(run_dir), RunModels.find(run_dir)
+        self.config = config
+        self.end, self.ids = tokens.metrics.end_of_text, tokens.metrics.vocab_size
+        self.limit = self.models.decoder("seed")[0].max_position_embeddings
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(tokens.output("tokenizer.json").check(run_dir)))
+        self.tokenizer.encode_special_tokens = True  # the name of a special token in a prompt is text like any other
+
+    def begin(self, prompt: str, place: Restarts) -> "Text":
+        """A text that its model will read from the start."""
+        return Text(self, [self.end, *self.tokenizer.encode(prompt, add_special_tokens=False).ids], place)
+
+
+class Text:
+    """A prompt being continued: what its model has yet to read, and what is drawn from its answer."""
+
+    def __init__(self, book: Book, prompt: list[int], place: Restarts) -> None:
+        self.ended = False
+        self._book = book
+        self._place = place
+        self._left = book.config.max_tokens
+        self._generator = torch.Generator().manual_seed(book.config.random_seed)
+        self._context = self._unread = prompt[-book.limit :]
+        place.restart(prompt[: -book.limit], [])
+
+    def unread(self) -> list[int]:
+        """Tokens the model has to be given next; of a full context, its second half is begun anew."""
+        if len(self._context) > self._book.limit:
+            self._context = self._context[-(self._book.limit // 2) :]
+            self._place.restart([], self._context[:-1])
+        return self._unread
+
+    def draw(self, log_probs: Tensor) -> int | None:
+        """The next token; None when that is the end of the text."""
+        config = self._book.config
+        log_probs = log_probs.float().cpu()[: self._book.ids]  # beyond them is padding of an imported vocabulary
+        token = draw(log_probs, config.temperature, config.sample_top_k, config.sample_top_p, self._generator)
+        self._left -= 1
+        self.ended = token == self._book.end or not self._left
+        self._context, self._unread = [*self._context, token], [token]
+        return None if token == self._book.end else token
+
+
+def _write(prompt: str, book: Book, reader: Reader) -> Iterator[str]:
+    drawn = _draw_tokens(book.begin(prompt, reader), reader)
+    return until_stop(decoded(book.tokenizer, drawn), book.config.stop)
+
+
+def _draw_tokens(text: Text, reader: Reader) -> Iterator[int]:
     try:
-        for _ in range(config.max_tokens):
-            if len(context) > limit:
-                context = context[-(limit // 2) :]
-                reader.restart([], context[:-1])
-            log_probs = reader.read(unread).float().cpu()[:ids]  # beyond them is padding of an imported vocabulary
-            token = draw(log_probs, config.temperature, config.sample_top_k, config.sample_top_p, generator)
-            if token == end:
-                return
-            yield token
-            context, unread = [*context, token], [token]
+        while not text.ended:
+            if (token := text.draw(reader.read(text.unread()))) is not None:
+                yield token
     finally:
         if isinstance(reader, ClusterMixReader):
             logger.debug("{}", reader.cost())
+
+
+def _write_side_by_side(prompts: list[str], book: Book, decoder: PackedDecoder) -> Iterator[str]:
+    """Continuations in the order of their prompts; as soon as one ends, the next is begun in its place."""
+    batch = TextBatch(decoder, min(book.config.batch_size, len(prompts)))
+    waiting = deque(enumerate(prompts))
+    texts: dict[int, Text] = {}
+    pieces: dict[int, list[str]] = {}
+    streams: dict[int, DecodeStream] = {}
+    told = 0
+    while texts or waiting:
+        while waiting and len(texts) < book.config.batch_size:
+            number, prompt = waiting.popleft()
+            texts[number] = book.begin(prompt, batch.add(number))
+            pieces[number], streams[number] = [], DecodeStream(skip_special_tokens=True)
+        logits = batch.read({number: text.unread() for number, text in texts.items()})
+        for number, text in list(texts.items()):
+            token = text.draw(logits[number].log_softmax(-1))
+            if token is not None and (piece := streams[number].step(book.tokenizer, token)):
+                pieces[number].append(piece)
+            if text.ended or has_stopped(pieces[number], book.config.stop):
+                batch.remove(number)
+                del texts[number]
+        while told not in texts and told in pieces:
+            yield "".join(until_stop(iter(pieces.pop(told)), book.config.stop))
+            told += 1
 
 
 def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
@@ -101,7 +185,7 @@ def _decoder(models: RunModels, folder: str) -> Decoder:
 
 
 def _batch(ids: list[int]) -> Tensor:
-    return torch.tensor([ids], dtype=torch.long, device=device())
+    return torch.tensor([ids], device=device())
 
 
 class DecoderReader:
@@ -111,24 +195,28 @@ class DecoderReader:
         self.pending: list[int] = []
         self.tokens_read = 0
         self._load = load
-        self._decoder: Decoder | None = None
-        self._cache: StackCache | None = None
+        self._decoder: Decoder | PackedDecoder | None = None
+        self._further: Callable[[list[int]], Tensor] | None = None
 
-    @torch.no_grad()
+    def decoder(self) -> Decoder | PackedDecoder:
+        """The decoder, as it writes fastest."""
+        if self._decoder is None:
+            loaded = self._load()
+            self._decoder = PackedDecoder(loaded) if packable(loaded) else loaded
+        return self._decoder
+
     def read(self, ids: list[int]) -> Tensor:
         """See Reader."""
-        decoder = self._decoder = self._decoder or self._load()
-        self._cache = self._cache or decoder.new_cache()
+        self._further = self._further or begin_text(self.decoder())
         self.pending += ids
-        states = decoder.hidden_states(_batch(self.pending), self._cache)
-        self.tokens_read += len(self.pending)
-        self.pending = []
-        return decoder.lm_head(states[-1][0, -1]).float().log_softmax(-1)
+        unread, self.pending = self.pending, []
+        self.tokens_read += len(unread)
+        return self._further(unread).log_softmax(-1)
 
     def restart(self, skipped: list[int], kept: list[int]) -> None:
         """See Reader."""
         self.pending = [*kept]
-        self._cache = None
+        self._further = None
 
 
 class ClusterMixReader:
@@ -139,10 +227,16 @@ class ClusterMixReader:
         self._vectors, self._centroids = routing_tensors(run_dir, clusters)
         self._temperature = config.routing_temperature or clusters.config.temperature
         self._top_k = config.experts
-        self._sum = np.zeros(self._vectors.shape[1], np.float32)
-        self._text_read = 0
         folders = map(expert_folder, range(len(models.experts)))
         self._experts = [DecoderReader(partial(_decoder, models, folder)) for folder in folders]
+        self.forget()
+
+    def forget(self) -> None:
+        """Be ready for another text, which is routed by itself alone."""
+        self._sum = np.zeros(self._vectors.shape[1], np.float32)
+        self._text_read = 0
+        for expert in self._experts:
+            expert.tokens_read = 0
 
     def read(self, ids: list[int]) -> Tensor:
         """See Reader."""
@@ -194,31 +288,3 @@ class ComposedReader:
         """See Reader."""
         self._pending = [*kept]
         self._cache = self._model.new_cache()
-
-
-def _decode(tokenizer: tokenizers.Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Text of the tokens, each piece as soon as its bytes are whole characters."""
-    decoder = DecodeStream(skip_special_tokens=True)
-    for token in tokens:
-        if piece := decoder.step(tokenizer, token):
-            yield piece
-
-
-def _until_stop(pieces: Iterator[str], stop: tuple[str, ...]) -> Iterator[str]:
-    """The pieces up to the first stop text, holding back what may become one."""
-    if not stop:
-        yield from pieces
-        return
-    held = ""
-    longest = max(map(len, stop))
-    for piece in pieces:
-        held += piece
-        found = [held.index(text) for text in stop if text in held]
-        if found:
-            yield held[: min(found)]
-            return
-        ready = max(0, len(held) - longest + 1)
-        if ready:
-            yield held[:ready]
-            held = held[ready:]
-    yield held

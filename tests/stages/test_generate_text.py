@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -371,3 +372,54 @@ def test_a_run_without_dense_and_compositions_says_so(expert_run, copied_run):
 def test_a_run_without_experts_says_what_to_run(seeded_run):
     with pytest.raises(UsageFailure, match=r"no experts in .*: run `cpipe train-experts .*` first"):
         text_of(seeded_run, "cbtm")
+
+
+PROMPTS = ("whisk the", "whereas the party shall hereby " * 12, "def self (", "", "def")  # one is longer than LIMIT
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    return str(path)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_prompts_side_by_side_get_what_each_alone_gets(full_run, prompts_file, batch_size, temperature):
+    """Longer than a context, so that texts begin anew at different times, and end at different times."""
+    settings = {"max_tokens": 2 * LIMIT, "temperature": temperature, "stop": ("ll",)}
+    together = config("expert:1", prompt="", prompts=prompts_file, batch_size=batch_size, **settings)
+    expected = [(prompt, text_of(full_run, "expert:1", prompt=prompt, **settings)) for prompt in PROMPTS]
+    assert list(generate_text.continuations(together, full_run)) == expected
+    assert len({text for _, text in expected}) > 2
+
+
+def test_texts_side_by_side_end_at_a_stop_in_the_same_place(full_run, prompts_file):
+    settings = {"max_tokens": 40, "temperature": 1.0}
+    whole_texts = [text_of(full_run, prompt=prompt, **settings) for prompt in PROMPTS]
+    stop = (whole_texts[0][9:12], whole_texts[2][14:16])
+    together = config(prompt="", prompts=prompts_file, stop=stop, **settings)
+    expected = [min((text.split(each)[0] for each in stop), key=len) for text in whole_texts]
+    assert expected != whole_texts
+    assert [text for _, text in generate_text.continuations(together, full_run)] == expected
+
+
+@pytest.mark.parametrize("model", ["cbtm", "central"])
+def test_models_that_cannot_go_side_by_side_go_one_after_the_other(full_run, prompts_file, model):
+    together = config(model, prompt="", prompts=prompts_file)
+    expected = [(prompt, text_of(full_run, model, prompt=prompt)) for prompt in PROMPTS]
+    assert list(generate_text.continuations(together, full_run)) == expected
+
+
+def test_a_decoder_that_cannot_be_packed_writes_the_same(full_run, prompts_file, monkeypatch):
+    expected = [text_of(full_run, prompt=prompt, temperature=0, max_tokens=40) for prompt in PROMPTS]
+    monkeypatch.setattr(generate_text, "packable", lambda _: False)
+    assert text_of(full_run, prompt=PROMPTS[0], temperature=0, max_tokens=40) == expected[0]
+    together = config(prompt="", prompts=prompts_file, temperature=0, max_tokens=40)
+    assert [text for _, text in generate_text.continuations(together, full_run)] == expected
+
+
+def test_a_prompt_and_a_file_of_prompts_exclude_each_other():
+    with pytest.raises(ValueError, match="leave one of them"):
+        config(prompt="a", prompts="b.txt")
