@@ -42,6 +42,9 @@ class TrainingConfig(Config):
     engine: Literal["auto", "deepspeed", "torch"] = Field(
         "auto", description="DeepSpeed, or plain torch on one device; auto takes DeepSpeed where it is installed."
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile, which changes the last bits; auto is on for CUDA from 1,000 steps on."
+    )
     zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed's ZeRO stage: what is sharded over processes.")
     offload_optimizer: Literal["none", "cpu"] = Field(
         "none", description="Where ZeRO 1 to 3 keep the optimizer's averages and do its steps; cpu frees GPU memory."
@@ -109,3 +112,4 @@ class TrainingMetrics(Strict):
     skipped: int = Field(0, description="Steps left out because their loss or gradient was not finite.")
     engine: str = Field(description="deepspeed or torch.")
     precision: str = Field(description="fp32, bf16 or fp16.")
+    compiled: bool = Field(False, description="Whether the model was compiled.")

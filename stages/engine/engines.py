@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
+from stages.engine.compilation import choose_compile
 from stages.engine.deepspeed_engine import DeepSpeedEngine, load_deepspeed
 from stages.engine.optimizer import Outcome, build_optimizers
 from stages.engine.precision import Autocast, LossScale, choose_precision
@@ -49,6 +50,8 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
     if precision == "fp16" and place.device.type == "cpu":
         logger.warning("fp16 is emulated on this processor, and slower than fp32: it is of use on GPUs only")
     wrapped = Autocast(module, place.device, precision).to(place.device)
+    if choose_compile(config, place):
+        wrapped.compile()
     optimizers, scale = build_optimizers(wrapped, config), LossScale(precision)
     if name == "torch":
         return TorchEngine(wrapped, optimizers, config, scale)

@@ -20,6 +20,7 @@ from schemas.failures import InterruptedFailure, UsageFailure
 from schemas.training import TrainingConfig, TrainingMetrics
 from stages.engine import checkpoints
 from stages.engine.checkpoints import Progress
+from stages.engine.compilation import choose_compile
 from stages.engine.course import Course
 from stages.engine.engines import Engine, start_engine
 from stages.engine.precision import choose_precision
@@ -124,4 +125,5 @@ def _metrics(course: Course, config: TrainingConfig, engine: Engine, place: Plac
         skipped=course.skipped,
         engine=engine.name,
         precision=choose_precision(config, place),
+        compiled=choose_compile(config, place),
     )
