@@ -62,7 +62,7 @@ class StackCache:
     def append(self, position_T: Tensor, window: int | None) -> Tensor:
         """Add new positions; returns those that the first new one, or a later one, can reach."""
         position_S = position_T if self.position_S is None else torch.cat([self.position_S, position_T])
-        if window is not None and len(position_T):
+        if window is not None and len(position_S) > len(position_T) > 0:  # new ones are never out of reach
             position_S = position_S[position_S > position_T[0] - window]
         self.position_S = position_S
         self.seen += len(position_T)
