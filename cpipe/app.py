@@ -41,6 +41,7 @@ def build_app(asked: str | None = None) -> typer.Typer:
     generate = _generate_command() if asked in (None, "generate") else _without_flags
     app.command("generate", help=GENERATE_HELP)(generate)
     app.command("run")(run)
+    app.command("plan")(plan)
     app.command("status")(status)
     app.command("demo")(demo)
     return app
@@ -189,6 +190,26 @@ def _is_finished(stage: Stage, run: Path) -> bool:
     from schemas.manifest import FILE_NAME
 
     return (run / stage.manifest.folder / FILE_NAME).is_file()
+
+
+def plan(
+    run: Run,
+    processes: Annotated[int, typer.Option(help="Devices that train together.")] = 1,
+    flops_per_second: Annotated[float | None, typer.Option(help="Speed of a device; default: measured here.")] = None,
+    settings: SettingsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the settings would train and what it costs: FLOPs, memory, disk, time. Writes nothing."""
+    from cpipe.console import session
+    from cpipe.settings import plan_settings
+    from cpipe.show import show_plan
+
+    with session(run, "plan", log=False):
+        config = plan_settings(run, settings, {"processes": processes, "flops_per_second": flops_per_second})
+        from stages.plan_training import run as make_plan
+
+        found = make_plan(config, run)
+    show_plan(found, as_json=as_json)
 
 
 def status(run: Run, as_json: AsJson = False) -> None:

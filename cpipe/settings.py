@@ -9,13 +9,16 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from schemas.failures import UsageFailure
 from schemas.strict import Config, validated
+
+if TYPE_CHECKING:
+    from schemas.plan_training import PlanConfig
 
 FILE_NAME = "cpipe.toml"
 
@@ -79,6 +82,34 @@ def resolve(config_type: type[Config], table: Mapping[str, Any], flags: Mapping[
             raise UsageFailure(f"{where}: unknown setting `{name}`{_suggestion(name, known)}")
         _place(nested, known[name].path, value)
     return validated(config_type, nested, where)
+
+
+def plan_settings(run_dir: Path, file: Path | None, flags: Mapping[str, Any]) -> "PlanConfig":
+    """The settings of all stages that train, as `cpipe run` would give them to each. Raises UsageFailure."""
+    from cpipe.pipeline import BY_COMMAND, TABLES
+    from schemas.plan_training import PlanConfig
+
+    tables = read_settings(run_dir, file, TABLES)
+    found = {
+        command: [
+            resolve(BY_COMMAND[command].config, table, {}, f"{file or run_dir / FILE_NAME} [{command}]")
+            for table in tables.get(command, [{}])
+        ]
+        for command in ("tokenize", "cluster", "train-seed", "train-experts", "train-gates", "compose")
+    }
+    return validated(
+        PlanConfig,
+        {
+            **flags,
+            "seed": found["train-seed"][-1].model_dump(mode="json"),
+            "experts": found["train-experts"][-1].model_dump(mode="json"),
+            "gates": found["train-gates"][-1].model_dump(mode="json"),
+            "compositions": [composition.model_dump(mode="json") for composition in found["compose"]],
+            "vocab_size": found["tokenize"][-1].vocab_size,
+            "clusters": found["cluster"][-1].clusters,
+        },
+        "cpipe plan",
+    )
 
 
 def _place(nested: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

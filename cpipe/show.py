@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,9 @@ from schemas.failures import IntegrityFailure
 from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, Environment, Manifest
 from schemas.strict import Strict
+
+if TYPE_CHECKING:
+    from schemas.plan_training import Plan
 
 # A table in a file must not be squeezed, and neither tokens nor names of files are markup, though some look like it.
 OUT = Console(width=None if sys.stdout.isatty() else 170, markup=False, emoji=False)
@@ -111,6 +114,39 @@ def _other_folders(run_dir: Path, known: set[str]) -> Iterator[dict[str, Any]]:
             yield _finished(content["schema"].removeprefix("cpipe.").split("/")[0], path, environment)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityFailure(f"{path} is no manifest of cpipe: remove it, or rerun its stage") from error
+
+
+def show_plan(plan: "Plan", *, as_json: bool) -> None:
+    """A line per training, and under them what the times rest on. States: weights, gradients and AdamW's averages."""
+    if as_json:
+        print(plan.model_dump_json(indent=2))
+        return
+    table = Table(title="what the settings would train")
+    table.add_column("training", no_wrap=True)
+    names = ("times", "parameters", "trained", "tokens", "epochs", "FLOPs", "precision", "ZeRO", "rows")
+    for name in (*names, "states", "activations", "disk", "hours"):
+        table.add_column(name, justify="right")
+    for each in plan.trainings:
+        counts = (_size(each.parameters, ""), _size(each.trained_parameters, ""), _size(each.tokens, ""))
+        how = (f"{each.flops:.1e}", each.precision, cell(each.zero_stage), cell(each.micro_batch_size))
+        activations = each.memory.activations
+        bytes_of = (each.memory.total - activations, activations, each.disk)
+        hours = None if each.seconds is None else each.seconds / 3600
+        sizes = (_size(number, "B") for number in bytes_of)
+        table.add_row(each.name, cell(each.count), *counts, cell(each.epochs), *how, *sizes, cell(hours))
+    OUT.print(table)
+    if plan.flops_per_second:
+        OUT.print(f"{plan.flops_per_second:.3g} FLOP/s a device, {'measured here' if plan.measured else 'as given'}")
+    for line in plan.unknown:
+        OUT.print(f"unknown: {line}", soft_wrap=True)
+
+
+def _size(number: int, unit: str) -> str:
+    """Three digits and a prefix."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.3g} {prefix}{unit}"
+    return f"{number} {unit}".strip()
 
 
 def show_samples(samples: dict[str, str]) -> None:

@@ -1,0 +1,214 @@
+"""What the settings would cost, before anything is trained. Writes nothing.
+
+- shapes come from what the run holds already, else from the settings; every model is built without content, and one
+  step of it is counted: so FLOPs, frozen parts and activations are those of the code that will run
+- memory: 4 bytes a weight, 4 a gradient, 8 for AdamW's averages, the latter divided among devices by ZeRO's stage 1, 2
+  and 3 (Rajbhandari et al. 2020, section 3, for fp32 throughout), and what autograd keeps of one micro-batch. What the
+  libraries themselves take comes on top
+- time: FLOPs over what this device does with a few real steps of the seed, or over a speed that is given
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from schemas.cluster_documents import ClusterManifest
+from schemas.compose_model import CentralConfig, ComposeConfig
+from schemas.decoder import DecoderConfig
+from schemas.failures import UsageFailure
+from schemas.manifest import FILE_NAME, Manifest
+from schemas.plan_training import Memory, Plan, PlanConfig, PlannedTraining
+from schemas.tokenize_text import TokenizeManifest
+from schemas.train_gates import GateMode
+from schemas.train_seed import SeedManifest
+from schemas.training import TrainingConfig
+from stages.engine.checkpoints import KEPT
+from stages.engine.engines import choose_precision, start_engine
+from stages.engine.processes import find_place
+from stages.nn.central import CentralLoss, CentralModel
+from stages.nn.composed import ComposedLoss, ComposedModel, SeedGate
+from stages.nn.decoder import Decoder, NextTokenLoss
+from stages.nn.gates import ExpertGates, GateLoss
+from stages.nn.planning import PassCost, cost_of_pass
+
+M = TypeVar("M", bound=Manifest)
+
+FP32 = 4  # bytes
+LOGITS = 3  # copies of a micro-batch's logits while a loss is computed: as they come, in fp32, their logarithms
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training, or `count` alike."""
+
+    name: str
+    count: int
+    make: Callable[[], nn.Module]  # the module that gives its loss
+    training: TrainingConfig
+    share: float = 1.0  # of the text that one of them sees
+
+
+def run(config: PlanConfig, run_dir: Path) -> Plan:
+    """Count the trainings that `config` asks for. Raises UsageFailure for a batch that cannot be divided."""
+    tokens, clusters = _maybe(TokenizeManifest, run_dir), _maybe(ClusterManifest, run_dir)
+    shape = _seed_shape(config, run_dir, tokens)
+    experts = clusters.config.clusters if clusters else config.clusters
+    text = tokens.metrics.train.tokens + tokens.metrics.train.documents if tokens else None  # an end after each
+    speed = config.flops_per_second or _measure(config, shape)
+    planned = tuple(_plan(job, config.processes, shape, text, speed) for job in _jobs(config, shape, experts))
+    return Plan(
+        trainings=planned,
+        flops_per_second=speed,
+        measured=config.flops_per_second is None,
+        unknown=tuple(_unknown(run_dir, tokens, clusters, experts)),
+    )
+
+
+def _maybe(kind: type[M], run_dir: Path) -> M | None:
+    """The manifest of a stage that may not have run."""
+    return kind.read(run_dir) if (run_dir / kind.folder / FILE_NAME).is_file() else None
+
+
+def _unknown(
+    run_dir: Path, tokens: TokenizeManifest | None, clusters: ClusterManifest | None, experts: int
+) -> Iterator[str]:
+    if tokens is None:
+        yield f"epochs: no tokens in {run_dir} yet, and the vocabulary is taken from the settings"
+    if clusters is None:
+        yield f"experts: no clusters in {run_dir} yet, so {experts} are taken from the settings"
+
+
+def _seed_shape(config: PlanConfig, run_dir: Path, tokens: TokenizeManifest | None) -> DecoderConfig:
+    if seed := _maybe(SeedManifest, run_dir):
+        return DecoderConfig.from_huggingface(json.loads(seed.output("config.json").check(run_dir).read_text()))
+    return DecoderConfig(
+        **config.seed.model.model_dump(),
+        vocab_size=tokens.metrics.vocab_size if tokens else config.vocab_size,
+        max_position_embeddings=config.seed.training.sequence_length,
+    )
+
+
+def _jobs(config: PlanConfig, shape: DecoderConfig, experts: int) -> Iterator[Job]:
+    decoder = partial(_next_token, shape)
+    whole = config.experts.training
+    if whole.batch_size % experts:
+        raise UsageFailure(f"a batch of {whole.batch_size} rows does not divide among {experts} experts")
+    yield Job("seed", 1, decoder, config.seed.training)
+    share = whole.model_copy(update={"batch_size": whole.batch_size // experts})
+    yield Job("experts", experts, decoder, share, share=1 / experts)
+    if config.experts.dense:
+        yield Job("dense", 1, decoder, whole)
+    for mode in config.gates.modes:
+        alone = mode == "independent"
+        make = partial(_gate_loss, shape, 1 if alone else experts, mode, config.gates.layer)
+        count, part = (experts, 1 / experts) if alone else (1, 1.0)
+        yield Job(f"gates {mode}", count, make, config.gates.training, share=part)
+    told = set()
+    for composition in config.compositions:
+        central = CentralConfig.beside(composition.central, shape)
+        if (alone_settings := composition.alone()) not in told:
+            told.add(alone_settings)
+            yield Job("central-alone", 1, partial(_central_loss, central), composition.training)
+        make = partial(_composed_loss, composition, central, shape, experts)
+        yield Job(composition.name, 1, make, composition.with_experts())
+
+
+def _next_token(shape: DecoderConfig) -> nn.Module:
+    return NextTokenLoss(Decoder(shape))
+
+
+def _central_loss(shape: CentralConfig) -> nn.Module:
+    return CentralLoss(CentralModel(shape))
+
+
+def _frozen(shape: DecoderConfig) -> Decoder:
+    return Decoder(shape).requires_grad_(False)
+
+
+def _gate_loss(shape: DecoderConfig, experts: int, mode: GateMode, layer: int | None) -> nn.Module:
+    gates = _gates(shape, experts, mode, layer)
+    return GateLoss(gates, _frozen(shape), [_frozen(shape) for _ in range(experts)], 0 if mode != "joint" else None)
+
+
+def _gates(shape: DecoderConfig, experts: int, mode: GateMode, layer: int | None) -> ExpertGates:
+    depth = (shape.num_hidden_layers + 1) // 2 if layer is None else layer
+    return ExpertGates.closed(experts, shape.hidden_size, depth, mode)
+
+
+def _composed_loss(config: ComposeConfig, central: CentralConfig, shape: DecoderConfig, experts: int) -> nn.Module:
+    gate = None
+    if config.gates != "none":
+        gate = SeedGate(_frozen(shape), _gates(shape, experts, config.gates, None))
+    composed = ComposedModel(CentralModel(central), [_frozen(shape) for _ in range(experts)], config.bridges, gate)
+    if config.bridge_training.train == "bridges":
+        composed.central.requires_grad_(False)
+    return ComposedLoss(composed)
+
+
+def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, speed: float) -> PlannedTraining:
+    training = job.training
+    rows = training.batch_size // processes
+    micro = min(training.micro_batch_size or rows, rows)
+    if rows * processes != training.batch_size or rows % micro:
+        raise UsageFailure(
+            f"{job.name}: a batch of {training.batch_size} rows does not divide into {processes} processes with "
+            f"micro-batches of {micro} rows"
+        )
+    precision = choose_precision(training, find_place())
+    length = training.sequence_length
+    cost = cost_of_pass(job.make, micro, length, bf16=precision == "bf16")
+    tokens = training.steps * training.batch_size * length
+    flops = cost.flops / (micro * length) * tokens
+    return PlannedTraining(
+        name=job.name,
+        count=job.count,
+        parameters=cost.parameters,
+        trained_parameters=cost.trained,
+        tokens=tokens,
+        epochs=None if text is None else tokens / (text * job.share),
+        flops=flops,
+        precision=precision,
+        zero_stage=training.zero_stage,
+        micro_batch_size=micro,
+        memory=_memory(cost, training.zero_stage, processes, LOGITS * micro * length * shape.vocab_size * FP32),
+        disk=FP32 * cost.trained * (1 + 3 * (KEPT + 1)),  # the newest is written before the oldest goes
+        seconds=job.count * flops / (speed * processes),
+    )
+
+
+def _memory(cost: PassCost, stage: int, processes: int, logits: int) -> Memory:
+    """Bytes on one device."""
+    weights = FP32 * cost.parameters // (processes if stage == 3 else 1)
+    gradients = FP32 * cost.trained // (processes if stage >= 2 else 1)
+    optimizer = 2 * FP32 * cost.trained // (processes if stage >= 1 else 1)
+    activations = max(cost.kept, logits)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        total=weights + gradients + optimizer + activations,
+    )
+
+
+def _measure(config: PlanConfig, shape: DecoderConfig) -> float:
+    """FLOP/s of real steps of the seed on this device."""
+    training = config.seed.training.model_copy(update={"zero_stage": 0, "engine": "torch"})
+    place = find_place()
+    micro = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    engine = start_engine(_next_token(shape), training.model_copy(update={"compile": "off"}), place)
+    ids = torch.randint(shape.vocab_size, (micro, training.sequence_length + 1), device=place.device)
+    engine.step([ids], 0.0)  # what only the first step does is not measured
+    started, done = time.monotonic(), 0
+    while not done or time.monotonic() - started < config.seconds:
+        engine.step([ids], 0.0)  # reads the gradient's norm, so the device has finished
+        done += 1
+    seconds = (time.monotonic() - started) / done
+    return cost_of_pass(partial(_next_token, shape), micro, training.sequence_length, bf16=False).flops / seconds

@@ -1,0 +1,191 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from schemas.compose_model import CentralAloneManifest, ComposeManifest
+from schemas.evaluate_models import EvaluateManifest
+from schemas.failures import UsageFailure
+from schemas.plan_training import PlanConfig
+from schemas.train_experts import ExpertManifest, ExpertsConfig, ExpertsManifest
+from schemas.train_gates import GatesManifest
+from schemas.train_seed import SeedConfig, SeedManifest
+from stages import plan_training
+
+FACTOR = 1.5  # between the memory planned and the memory measured
+SPEED = 1e9
+
+
+@pytest.fixture(scope="module")
+def config(evaluated_run):
+    """What the run was made with."""
+    names = ("central", "central-calm", "central-control")
+    return PlanConfig(
+        seed=SeedManifest.read(evaluated_run).config,
+        experts=ExpertsManifest.read(evaluated_run).config,
+        gates=GatesManifest.read(evaluated_run).config,
+        compositions=tuple(ComposeManifest.read(evaluated_run, name).config for name in names),
+        flops_per_second=SPEED,
+    )
+
+
+@pytest.fixture(scope="module")
+def planned(config, evaluated_run):
+    return {each.name: each for each in plan_training.run(config, evaluated_run).trainings}
+
+
+def test_every_training_of_the_run_is_planned_and_no_other(planned, evaluated_run):
+    compositions = ["central-alone", "central", "central-calm", "central-control"]
+    assert list(planned) == ["seed", "experts", "dense", "gates independent", "gates joint", *compositions]
+    assert (planned["experts"].count, planned["gates independent"].count, planned["gates joint"].count) == (3, 3, 1)
+
+
+def test_parameters_and_tokens_are_those_that_training_reports(planned, evaluated_run):
+    seed, experts = SeedManifest.read(evaluated_run).metrics, ExpertsManifest.read(evaluated_run).metrics
+    assert planned["seed"].parameters == planned["seed"].trained_parameters == seed.parameters
+    assert planned["seed"].tokens == seed.training.tokens
+    assert planned["experts"].tokens * planned["experts"].count == experts.tokens
+    assert planned["dense"].tokens == experts.dense_tokens
+    for run in GatesManifest.read(evaluated_run).metrics.runs:
+        assert planned[f"gates {run.mode}"].tokens == run.training.tokens
+    assert planned["central-alone"].parameters == CentralAloneManifest.read(evaluated_run).metrics.parameters
+    for name in ("central", "central-calm", "central-control"):
+        found = ComposeManifest.read(evaluated_run, name).metrics
+        assert planned[name].trained_parameters == found.trained_parameters
+        gate = 0 if name == "central-calm" else seed.parameters + 3 * 32 + 3
+        assert planned[name].parameters == found.parameters + found.expert_parameters + gate
+        assert planned[name].tokens == found.training.tokens
+
+
+def test_operations_are_those_that_the_evaluation_reports(planned, evaluated_run):
+    rows = {row.model: row for row in EvaluateManifest.read(evaluated_run).metrics.rows}
+    assert planned["seed"].flops == pytest.approx(rows["seed"].training_flops, rel=1e-6)
+    assert planned["seed"].flops + planned["dense"].flops == pytest.approx(rows["dense"].training_flops, rel=1e-6)
+    experts = planned["experts"].count * planned["experts"].flops
+    assert planned["seed"].flops + experts == pytest.approx(rows["weight average"].training_flops, rel=1e-6)
+
+
+def test_epochs_are_those_that_training_reports(planned, evaluated_run):
+    dense = ExpertManifest.read(evaluated_run, "dense").metrics
+    assert planned["dense"].epochs == pytest.approx(dense.epochs, rel=1e-3)
+    experts = [ExpertManifest.read(evaluated_run, f"experts/{number:03d}").metrics.epochs for number in range(3)]
+    assert planned["experts"].epochs == pytest.approx(sum(experts) / 3, rel=0.2)
+
+
+def test_the_time_is_operations_over_speed_and_devices(config, evaluated_run, planned):
+    experts = planned["experts"]
+    assert experts.seconds == pytest.approx(3 * experts.flops / SPEED)
+    two = config.model_copy(update={"processes": 2})
+    assert plan_training.run(two, evaluated_run).trainings[0].seconds == pytest.approx(planned["seed"].seconds / 2)
+
+
+def test_the_speed_is_measured_where_none_is_given(config, evaluated_run):
+    measured = plan_training.run(
+        config.model_copy(update={"flops_per_second": None, "seconds": 0.1, "compositions": ()}), evaluated_run
+    )
+    assert measured.measured and 1e6 < measured.flops_per_second < 1e15
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"), [(0, (4, 4, 8)), (1, (4, 4, 4)), (2, (4, 2, 4)), (3, (2, 2, 4))], ids=str
+)
+def test_zero_divides_what_its_stage_divides(config, evaluated_run, planned, stage, expected):
+    training = config.seed.training.model_copy(update={"zero_stage": stage})
+    seed = config.seed.model_copy(update={"training": training})
+    asked = config.model_copy(update={"seed": seed, "processes": 2, "compositions": ()})
+    memory = plan_training.run(asked, evaluated_run).trainings[0].memory
+    count = planned["seed"].parameters
+    assert (memory.weights, memory.gradients, memory.optimizer) == tuple(share * count for share in expected)
+    assert memory.total == sum(share * count for share in expected) + memory.activations
+
+
+def test_smaller_micro_batches_keep_less(config, evaluated_run, planned):
+    training = config.seed.training.model_copy(update={"micro_batch_size": 2})
+    seed = config.seed.model_copy(update={"training": training})
+    asked = config.model_copy(update={"seed": seed, "compositions": ()})
+    found = plan_training.run(asked, evaluated_run).trainings[0]
+    assert 2.5 < planned["seed"].memory.activations / found.memory.activations < 3.5
+    assert found.flops == pytest.approx(planned["seed"].flops)
+
+
+def test_it_writes_nothing(config, evaluated_run):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in Path(evaluated_run).rglob("*")}
+
+    before = files()
+    plan_training.run(config.model_copy(update={"flops_per_second": None, "seconds": 0.1}), evaluated_run)
+    assert files() == before
+
+
+def test_without_tokens_and_clusters_it_says_what_is_unknown(tmp_path, shape, training):
+    experts = ExpertsConfig(training=training.model_copy(update={"batch_size": 10}))
+    asked = PlanConfig(
+        seed=SeedConfig(model=shape, training=training), experts=experts, compositions=(), vocab_size=400, clusters=5,
+        flops_per_second=SPEED,
+    )  # fmt: skip
+    plan = plan_training.run(asked, tmp_path)
+    assert all(each.epochs is None for each in plan.trainings)
+    assert plan.trainings[1].count == 5
+    assert [line.split(":")[0] for line in plan.unknown] == ["epochs", "experts"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"processes": 4}, "seed: a batch of 6 rows does not divide into 4 processes"),
+        ({"clusters": 4}, "a batch of 6 rows does not divide among 4 experts"),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(tmp_path, shape, training, changes, message):
+    seed, experts = SeedConfig(model=shape, training=training), ExpertsConfig(training=training)
+    asked = PlanConfig(**{"seed": seed, "experts": experts, "clusters": 3, "flops_per_second": SPEED, **changes})
+    with pytest.raises(UsageFailure, match=message) as failed:
+        plan_training.run(asked, tmp_path)
+    assert "\n" not in str(failed.value)
+
+
+TRAIN = """
+import json, resource, sys, torch
+from pathlib import Path
+from schemas.decoder import DecoderConfig
+from schemas.training import TrainingConfig
+from stages.engine.loop import train
+from stages.nn.decoder import Decoder, NextTokenLoss
+
+torch.set_num_threads(1)
+folder, shape, training = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+
+def peak_of(**widths):
+    decoder = Decoder(DecoderConfig(**{**shape, **widths}))
+    config = TrainingConfig(**training)
+    rows = torch.zeros(config.batch_size, config.sequence_length + 1, dtype=torch.long)
+    train(NextTokenLoss(decoder), lambda step: rows, config, folder, "seed")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak_of(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=300)
+print(peak_of() - before)
+"""
+
+
+@pytest.mark.slow
+def test_planned_memory_is_near_the_measured_peak(tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+             "num_key_value_heads": 8, "vocab_size": 8192}  # fmt: skip
+    training = {"steps": 2, "batch_size": 4, "sequence_length": 256, "engine": "torch", "precision": "fp32"}
+    model = {name: value for name, value in shape.items() if name != "vocab_size"}
+    asked = PlanConfig.from_mapping(
+        {
+            "seed": {"model": model, "training": training},
+            "compositions": [],
+            "vocab_size": 8192,
+            "flops_per_second": 1.0,
+        }
+    )
+    planned = plan_training.run(asked, tmp_path).trainings[0].memory.total
+    command = [sys.executable, "-c", TRAIN, str(tmp_path), json.dumps(shape), json.dumps(training)]
+    measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    print(f"planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert planned / FACTOR < measured < planned * FACTOR
