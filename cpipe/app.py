@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cpipe.housekeeping import add_commands
 from cpipe.pipeline import BY_COMMAND, EXCHANGE, PIPELINE, STAGES, TABLES, Stage
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def build_app(asked: str | None = None) -> typer.Typer:
     app.command("plan")(plan)
     app.command("status")(status)
     app.command("demo")(demo)
+    add_commands(app)
     return app
 
 
