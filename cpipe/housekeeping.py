@@ -15,6 +15,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to the app."""
     app.command("init")(init)
+    app.command("verify")(verify)
+    app.command("clean")(clean)
 
 
 def init(run: Run) -> None:
@@ -31,3 +33,48 @@ def init(run: Run) -> None:
             raise UsageFailure(f"{path} is there already: change it, or remove it and begin anew")
         write_bytes(path, settings_template().encode(), run)
     print(path)
+
+
+def verify(
+    run: Run,
+    sizes_only: Annotated[
+        bool, typer.Option("--sizes-only", help="Compare sizes and manifests only, and read no large file.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every file of the run against its manifest, and the manifests against each other."""
+    from cpipe.console import session
+    from cpipe.show import show_checked
+    from schemas.failures import IntegrityFailure
+    from schemas.verify_run import VerifyConfig
+    from stages.verify_run import stream
+
+    with session(run, "verify", log=False):
+        checked = list(stream(VerifyConfig(sizes_only=sizes_only), run))
+        show_checked(checked, run, as_json=as_json)
+        problems = [problem for folder in checked for problem in folder.problems]
+        if problems:
+            more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+            first = min(
+                problems, key=lambda problem: problem.fault in ("stale", "extra")
+            )  # a cause before what follows
+            raise IntegrityFailure(f"{first.message}{more}")
+
+
+def clean(
+    run: Run,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also what begun stages would resume from: they begin anew.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove checkpoints, caches and leftovers that no stage needs any more; never results."""
+    from cpipe.console import session
+    from cpipe.show import show_removed
+    from schemas.clean_run import CleanConfig
+    from stages.clean_run import stream
+
+    with session(run, "clean", log=False):
+        removed = list(stream(CleanConfig(unfinished=unfinished, dry_run=dry_run), run))
+    show_removed(removed, run, dry_run=dry_run, as_json=as_json)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from schemas.clean_run import Removed
 from schemas.failures import IntegrityFailure
 from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, Environment, Manifest
 from schemas.strict import Strict
+from schemas.verify_run import CheckedFolder
 
 if TYPE_CHECKING:
     from schemas.plan_training import Plan
@@ -147,6 +149,41 @@ def _size(number: int, unit: str) -> str:
         if number >= 10**power:
             return f"{number / 10**power:.3g} {prefix}{unit}"
     return f"{number} {unit}".strip()
+
+
+def show_checked(checked: Sequence[CheckedFolder], run_dir: Path, *, as_json: bool) -> None:
+    """What `cpipe verify` found: a line per folder, and then per problem."""
+    problems = [problem for folder in checked for problem in folder.problems]
+    counts = {"files": sum(each.files for each in checked), "bytes": sum(each.bytes for each in checked)}
+    if as_json:
+        found = [problem.model_dump() for problem in problems]
+        folders = [each.model_dump(exclude={"problems"}) for each in checked]
+        print(json.dumps({"run": str(run_dir), **counts, "problems": found, "folders": folders}, indent=2))
+        return
+    table = Table(title=str(run_dir))
+    for name in ("folder", "files", "bytes", "found"):
+        table.add_column(name, justify="right" if name in ("files", "bytes") else "left")
+    for each in checked:
+        faults = ", ".join(sorted({problem.fault for problem in each.problems}))
+        table.add_row(each.folder, cell(each.files), cell(each.bytes), faults or "as written")
+    OUT.print(table)
+    for problem in problems:
+        OUT.print(f"{problem.fault}: {problem.message}", soft_wrap=True, highlight=False)
+    OUT.print(f"{counts['files']:,} files, {counts['bytes']:,} bytes, {len(problems)} problems", highlight=False)
+
+
+def show_removed(removed: Sequence[Removed], run_dir: Path, *, dry_run: bool, as_json: bool) -> None:
+    """What `cpipe clean` removed, or would: a line each, and the room it took."""
+    size = sum(each.bytes for each in removed)
+    if as_json:
+        found = [each.model_dump() for each in removed]
+        print(json.dumps({"run": str(run_dir), "dry_run": dry_run, "bytes": size, "removed": found}, indent=2))
+        return
+    for each in removed:
+        OUT.print(f"{run_dir / each.path}  {each.bytes:,} bytes, {each.why}", soft_wrap=True, highlight=False)
+    OUT.print(
+        f"{size:,} bytes {'would be freed' if dry_run else 'freed'} in {run_dir}", soft_wrap=True, highlight=False
+    )
 
 
 def show_samples(samples: dict[str, str]) -> None:

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+
+def test_verify_of_a_whole_run_says_so(cpipe, piped_run):
+    result = cpipe("verify", piped_run)
+    assert result.exit_code == 0, result.stderr
+    assert "experts/002" in result.stdout and ", 0 problems" in result.stdout
+    found = json.loads(cpipe("verify", piped_run, "--json").stdout)
+    assert found["problems"] == [] and found["files"] > 30 and found["bytes"] > 100_000
+    assert {"folder": "experts", "files": 0, "bytes": 0} in found["folders"]
+
+
+def test_verify_names_what_is_wrong_and_leaves_with_4(cpipe, piped_run, copied_run, line):
+    run_dir = copied_run(piped_run)
+    path = run_dir / "experts/001/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 16
+    path.write_bytes(content)
+    (run_dir / "seed/extra.bin").write_bytes(b"x")
+    result = cpipe("verify", run_dir)
+    assert result.exit_code == 4
+    assert f"{path} was changed after it was written" in line(result) and "; and 1 more" in line(result)
+    assert f"changed: {path} was changed" in result.stdout and f"extra: {run_dir}/seed/extra.bin" in result.stdout
+    result = cpipe("verify", run_dir, "--json")
+    assert result.exit_code == 4
+    assert [entry["path"] for entry in json.loads(result.stdout)["problems"]] == [
+        "experts/001/model.safetensors", "seed/extra.bin",
+    ]  # fmt: skip
+    assert cpipe("verify", run_dir, "--sizes-only").stdout.count("changed") == 0
+
+
+def test_clean_says_what_it_freed(cpipe, piped_run, copied_run, line):
+    run_dir = copied_run(piped_run)
+    (run_dir / "seed/checkpoints").mkdir()
+    (run_dir / "seed/checkpoints/step-1.json").write_bytes(b"x" * 1234)
+    size = 1234 + (run_dir / ".survey.json").stat().st_size
+    dry, wet = cpipe("clean", run_dir, "--dry-run", "--json"), cpipe("clean", run_dir)
+    found = json.loads(dry.stdout)
+    assert (found["dry_run"], found["bytes"]) == (True, size)
+    assert [entry["path"] for entry in found["removed"]] == ["seed/checkpoints", ".survey.json"]
+    assert f"{run_dir}/seed/checkpoints  1,234 bytes, left by a stage that is finished\n" in wet.stdout
+    assert wet.stdout.endswith(f"{size:,} bytes freed in {run_dir}\n")
+    assert cpipe("clean", run_dir).stdout == f"0 bytes freed in {run_dir}\n"
+    assert cpipe("verify", run_dir).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "clean"])
+def test_nothing_is_done_to_a_run_that_is_not_there(cpipe, tmp_path, line, command):
+    result = cpipe(command, tmp_path / "nowhere")
+    assert result.exit_code == 2 and "no run at" in line(result)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_verify_writes_nothing(cpipe, piped_run, copied_run):
+    run_dir = copied_run(piped_run)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert cpipe("verify", run_dir).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
