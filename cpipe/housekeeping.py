@@ -17,6 +17,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("init")(init)
     app.command("verify")(verify)
     app.command("clean")(clean)
+    app.command("schema")(schema)
 
 
 def init(run: Run) -> None:
@@ -78,3 +79,26 @@ def clean(
     with session(run, "clean", log=False):
         removed = list(stream(CleanConfig(unfinished=unfinished, dry_run=dry_run), run))
     show_removed(removed, run, dry_run=dry_run, as_json=as_json)
+
+
+def schema(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A command with settings, such as train-seed.")],
+    manifest: Annotated[bool, typer.Option("--manifest", help="Of its manifest instead of its settings.")] = False,
+) -> None:
+    """Print the JSON Schema of a stage's settings, as cpipe.toml has them, or of its manifest."""
+    import json
+
+    from cpipe.console import session
+    from cpipe.json_schema import manifest_schema, settings_schema
+    from cpipe.pipeline import BY_COMMAND, TABLES
+    from schemas.failures import UsageFailure
+    from schemas.generate_text import GenerateConfig
+
+    with session(Path(), "schema", log=False):
+        if stage not in (BY_COMMAND if manifest else TABLES):
+            known = ", ".join(BY_COMMAND if manifest else TABLES)
+            what = "has no manifest" if stage in TABLES else "is no command with settings"
+            raise UsageFailure(f"{stage} {what}; expected one of {known}")
+        config = BY_COMMAND[stage].config if stage in BY_COMMAND else GenerateConfig
+        content = manifest_schema(stage) if manifest else settings_schema(stage, config)
+    print(json.dumps(content, indent=2))

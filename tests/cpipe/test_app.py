@@ -15,7 +15,7 @@ from schemas.generate_text import GenerateConfig
 HEAVY = ("torch", "deepspeed", "pyarrow", "polars", "tokenizers", "sklearn", "numpy", "safetensors", "matplotlib")
 COMMANDS = [
     "collect", "tokenize", "cluster", "train-seed", "train-experts", "train-gates", "compose", "evaluate", "generate",
-    "run", "status", "demo", "init", "verify", "clean",
+    "run", "status", "demo", "init", "verify", "clean", "schema",
 ]  # fmt: skip
 SHARED = {"settings", "force", "as_json"}
 
@@ -79,6 +79,7 @@ def test_the_flags_of_a_stage_are_the_settings_of_its_config(name):
         ("status", {"run", "--json"}),
         ("demo", {"run", "--force"}),
         ("init", {"run"}),
+        ("schema", {"stage", "--manifest"}),
         ("clean", {"run", "--unfinished", "--dry-run", "--json"}),
         ("verify", {"run", "--sizes-only", "--json"}),
     ],
