@@ -9,7 +9,6 @@
 """
 
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -22,12 +21,12 @@ from typing import Generic, TextIO, TypeVar
 
 from loguru import logger
 
+from schemas.changes import changed_inputs, changed_settings, changed_version
 from schemas.failures import LockedFailure, StaleFailure
 from schemas.files import FileRef, write_bytes
 from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, InputRef, Manifest, key_of
 from schemas.strict import Config, Strict
-from schemas.version import VERSION
 from stages.artifacts.environment import environment
 
 M = TypeVar("M", bound=Manifest)
@@ -226,35 +225,9 @@ def turn_by_turn(run_dir: Path, name: str) -> Iterator[None]:
 
 def differences(manifest: Manifest, config: Config, inputs: Sequence[InputRef]) -> Iterator[str]:
     """Why a finished stage is not the one asked for, in words."""
-    before = _flat(manifest.config.key_settings())
-    now = _flat(config.key_settings())
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            yield f"{name} was {json.dumps(before.get(name))} and is now {json.dumps(now.get(name))}"
-    digests_before = {ref.name: ref.digest for ref in manifest.inputs}
-    digests_now = {ref.name: ref.digest for ref in inputs}
-    for name in sorted(digests_before.keys() | digests_now.keys()):
-        if name not in digests_now:
-            yield f"its input {name} is no longer given"
-        elif name not in digests_before:
-            yield f"its input {name} is new"
-        elif digests_before[name] != digests_now[name]:
-            yield f"its input {name} has changed"
-    if digests_before == digests_now and [*digests_before] != [*digests_now]:
-        yield "its inputs stand in another order"
-    written_by = manifest.environment.versions.get("cpipe")
-    if written_by != VERSION:
-        yield f"it was written by cpipe {written_by}"
-
-
-def _flat(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+    yield from changed_settings(manifest.config, config)
+    yield from changed_inputs(manifest.inputs, inputs)
+    yield from changed_version(manifest.environment.versions)
 
 
 def drop_leftovers(folder: Path) -> None:
