@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cpipe.housekeeping import add_commands
-from cpipe.pipeline import BY_COMMAND, EXCHANGE, PIPELINE, STAGES, TABLES, Stage
+from cpipe.pipeline import BY_COMMAND, EXCHANGE, PIPELINE, STAGES, TABLES, Stage, part_of_pipeline
 
 if TYPE_CHECKING:
     from schemas.manifest import Manifest
@@ -22,7 +22,11 @@ Force = Annotated[bool, typer.Option("--force", help="Do it again although it is
 ForceStale = Annotated[bool, typer.Option("--force", help="Repeat stages finished with other settings or inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Inputs = Annotated[list[str] | None, typer.Argument(help="Text, as for `cpipe tokenize`.")]
+Start = Annotated[str | None, typer.Option("--from", help="First stage to run; those before are taken as they are.")]
 Until = Annotated[str | None, typer.Option(help="Last stage to run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why, and touch nothing.")]
+
+Tables = dict[str, list[dict[str, Any]]]  # of the settings file, by command
 
 GENERATE_HELP = "Continue a prompt with one of the run's models."
 
@@ -117,9 +121,11 @@ def _generate_command() -> Any:
 def run(
     run: Run,
     inputs: Inputs = None,
+    start: Start = None,
     until: Until = None,
     settings: SettingsFile = None,
     force: ForceStale = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Run every stage that is not up to date, in order, with the settings of RUN/cpipe.toml.
@@ -127,24 +133,25 @@ def run(
     With --force also those that were finished with other settings or inputs.
     """
     from cpipe.console import session
+    from cpipe.settings import read_settings
     from cpipe.show import show_manifest
 
-    with session(run, "run"):
-        manifest = _run_all(run, inputs or [], until, settings, force)
+    with session(run, "run", log=not dry_run):
+        commands, tables = part_of_pipeline(start, until), read_settings(run, settings, TABLES)
+        if dry_run:
+            from cpipe.forecast import forecast, show_forecast
+
+            show_forecast(forecast(run, tables, commands, inputs or []), run, force=force, as_json=as_json)
+            return
+        manifest = _run_all(run, inputs or [], commands, tables, force)
     show_manifest(manifest, run, as_json=as_json)
 
 
-def _run_all(run: Path, inputs: list[str], until: str | None, settings: Path | None, force: bool) -> "Manifest":
-    """Run the stages up to `until`; returns the last one's manifest."""
+def _run_all(run: Path, inputs: list[str], commands: tuple[str, ...], tables: Tables, force: bool) -> "Manifest":
+    """Run these stages; returns the last one's manifest."""
     from loguru import logger
 
-    from cpipe.settings import read_settings
-    from schemas.failures import UsageFailure
-
-    if until is not None and until not in PIPELINE:
-        raise UsageFailure(f"--until {until} is no stage; expected one of {', '.join(PIPELINE)}")
-    tables = read_settings(run, settings, TABLES)
-    for command in PIPELINE[: PIPELINE.index(until) + 1] if until else PIPELINE:
+    for command in commands:
         if command == "train-seed":
             command = _maker_of_seed(run, tables)
         stage = BY_COMMAND[command]
@@ -235,9 +242,10 @@ def demo(
 
     with session(run, "demo"):
         write_settings(run)
-        (table, *_) = read_settings(run, None, TABLES).get("collect", [{}])
+        tables = read_settings(run, None, TABLES)
+        (table, *_) = tables.get("collect", [{}])
         _run_unless_up_to_date(BY_COMMAND["collect"], run, table, {}, force)
-        manifest = _run_all(run, [str(run / "corpus" / "*.jsonl")], None, None, force)
+        manifest = _run_all(run, [str(run / "corpus" / "*.jsonl")], PIPELINE, tables, force)
         samples = _samples(run)
     show_evaluation(manifest, run)
     show_samples(samples)

@@ -11,7 +11,7 @@ from pydantic import create_model
 from pydantic.json_schema import models_json_schema
 
 from cpipe.settings import leaves
-from schemas.manifest_types import manifest_types
+from schemas.run_manifests import manifest_types
 from schemas.strict import Config
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

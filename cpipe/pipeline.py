@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from schemas.failures import UsageFailure
+
 if TYPE_CHECKING:
     from schemas.manifest import Manifest
     from schemas.strict import Config
@@ -54,3 +56,15 @@ EXCHANGE = (
 BY_COMMAND = {stage.command: stage for stage in (*STAGES, *EXCHANGE)}
 PIPELINE = tuple(stage.command for stage in STAGES if stage.command != "collect")
 TABLES = (*BY_COMMAND, "generate")  # what cpipe.toml may hold
+
+
+def part_of_pipeline(start: str | None, until: str | None) -> tuple[str, ...]:
+    """The stages from `start` to `until`, both included. Raises UsageFailure."""
+    for flag, name in (("--from", start), ("--until", until)):
+        if name is not None and name not in PIPELINE:
+            raise UsageFailure(f"{flag} {name} is no stage; expected one of {', '.join(PIPELINE)}")
+    first = PIPELINE.index(start) if start else 0
+    last = PIPELINE.index(until) if until else len(PIPELINE) - 1
+    if first > last:
+        raise UsageFailure(f"--from {start} comes after --until {until}: there is nothing to run")
+    return PIPELINE[first : last + 1]

@@ -75,7 +75,7 @@ def test_the_flags_of_a_stage_are_the_settings_of_its_config(name):
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("run", {"run", "inputs", "--until", "--settings", "--force", "--json"}),
+        ("run", {"run", "inputs", "--from", "--until", "--settings", "--force", "--dry-run", "--json"}),
         ("status", {"run", "--json"}),
         ("demo", {"run", "--force"}),
         ("init", {"run"}),

@@ -11,7 +11,7 @@ from cpipe.json_schema import manifest_schema, settings_schema
 from cpipe.pipeline import BY_COMMAND, TABLES
 from cpipe.settings import leaves
 from schemas.generate_text import GenerateConfig
-from schemas.manifest_types import manifest_types
+from schemas.run_manifests import manifest_types
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed: pip install '.[dev]'")
 CONFIGS = {command: stage.config for command, stage in BY_COMMAND.items()} | {"generate": GenerateConfig}

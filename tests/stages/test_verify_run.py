@@ -9,9 +9,9 @@ import pytest
 
 from schemas.files import CHUNK
 from schemas.manifest import FILE_NAME
+from schemas.run_manifests import manifest_folders
 from schemas.verify_run import Problem, VerifyConfig
 from stages import verify_run
-from stages.artifacts.run_manifests import manifest_folders
 
 
 def problems(run_dir: Path, **settings: Any) -> list[Problem]:

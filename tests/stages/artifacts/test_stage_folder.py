@@ -15,7 +15,6 @@ from schemas.failures import IntegrityFailure, LockedFailure, UsageFailure
 from schemas.files import write_bytes
 from schemas.manifest import InputRef, Manifest, digest_of_json
 from schemas.strict import Config, Strict, runtime_setting
-from stages.artifacts import stage_folder
 from stages.artifacts.stage_folder import claim_folder, drop_leftovers
 
 
@@ -99,7 +98,7 @@ def test_another_order_of_the_inputs_is_a_reason_too(tmp_path: Path) -> None:
 def test_a_stage_of_another_version_of_cpipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(ToyConfig(), tmp_path)
     monkeypatch.setattr("schemas.manifest.VERSION", "99.0")
-    monkeypatch.setattr(stage_folder, "VERSION", "99.0")
+    monkeypatch.setattr("schemas.changes.VERSION", "99.0")
     assert f"it was written by cpipe {version.VERSION}" in refusal(ToyConfig(), tmp_path)
 
 

@@ -1,17 +1,20 @@
 """Every manifest that lies in a run, whatever stage wrote it, and whether they still follow from each other.
 
+- types are found among the schemas: a new stage's manifests are known here without being listed
 - nothing in a run is trusted: only regular files inside it are opened, and none is opened before its size is known
 """
 
 import json
 import os
+import pkgutil
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import schemas
 from schemas.failures import IntegrityFailure
 from schemas.manifest import FILE_NAME, MAX_BYTES, Manifest
-from schemas.manifest_types import manifest_types
 from schemas.version import VERSION
 
 FROM_OUTSIDE = ("collect", "tokenize")  # commands whose inputs are the user's own files, whatever they are called
@@ -63,6 +66,21 @@ def _keys(found: dict[str, Any], part: str) -> set[str]:
 def _fields(kind: type[Manifest], part: str) -> set[str]:
     annotation: Any = kind.model_fields[part].annotation
     return set(annotation.model_fields)
+
+
+@cache
+def manifest_types() -> tuple[type[Manifest], ...]:
+    """Every type of manifest that the schemas define, by the name of its folder."""
+    for module in pkgutil.iter_modules(schemas.__path__):
+        pkgutil.resolve_name(f"schemas.{module.name}")
+    found = {kind for kind in _below(Manifest) if kind.__module__.startswith("schemas.")}
+    return tuple(sorted(found, key=lambda kind: (kind.folder, kind.__name__)))
+
+
+def _below(kind: type[Manifest]) -> Iterator[type[Manifest]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _below(child)
 
 
 def broken_links(folder: str, there: Mapping[str, Manifest], unknown: Collection[str] = ()) -> Iterator[str]:
