@@ -221,13 +221,22 @@ def plan(
     show_plan(found, as_json=as_json)
 
 
-def status(run: Run, as_json: AsJson = False) -> None:
+def status(
+    run: Run,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, until all is finished or Ctrl-C.")] = False,
+) -> None:
     """Show how far a run has got; reads only manifests."""
     from cpipe.console import session
     from cpipe.show import show_status
+    from cpipe.watch import watch_status
 
     with session(run, "status", log=False):
-        show_status(run, [(stage.command, stage.manifest) for stage in STAGES], as_json=as_json)
+        stages = [(stage.command, stage.manifest) for stage in STAGES]
+        if watch:
+            watch_status(run, stages, PIPELINE)
+        else:
+            show_status(run, stages, as_json=as_json)
 
 
 def demo(

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from schemas.clean_run import Removed
 from schemas.failures import IntegrityFailure
 from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, Environment, Manifest
+from schemas.report_run import DERIVED
+from schemas.run_manifests import read_manifest
 from schemas.strict import Strict
 from schemas.verify_run import CheckedFolder
 
@@ -77,6 +79,25 @@ def show_evaluation(manifest: Manifest, run_dir: Path) -> None:
 
 def show_status(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]], *, as_json: bool) -> None:
     """Which stages are finished, when, and how long they took. Reads only manifests."""
+    found = run_state(run_dir, stages)
+    if as_json:
+        print(json.dumps({"run": str(run_dir), "stages": found}, indent=2))
+        return
+    OUT.print(status_table(run_dir, found))
+
+
+def status_table(run_dir: Path, found: Sequence[Mapping[str, Any]]) -> Table:
+    """A line per stage."""
+    table = Table(title=str(run_dir))
+    for name in ("stage", "folder", "state", "started", "seconds"):
+        table.add_column(name)
+    for entry in found:
+        table.add_row(*(cell(entry.get(name)) for name in ("stage", "folder", "state", "started", "seconds")))
+    return table
+
+
+def run_state(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]]) -> list[dict[str, Any]]:
+    """An entry per stage, and per folder that a stage wrote beside its own."""
     found = []
     for command, kind in stages:
         path = run_dir / kind.folder / FILE_NAME
@@ -86,22 +107,21 @@ def show_status(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]], *, 
         else:
             members = len(list((run_dir / kind.folder).glob(f"*/{FILE_NAME}")))
             begun = f"begun ({members} members finished)" if members else "begun"
-            state = begun if (run_dir / kind.folder).is_dir() else "not finished"
+            state = begun if _is_begun(run_dir / kind.folder) else "not finished"
             found.append({"stage": command, "folder": kind.folder, "state": state})
-    found += _other_folders(run_dir, {entry["folder"] for entry in found})
-    if as_json:
-        print(json.dumps({"run": str(run_dir), "stages": found}, indent=2))
-        return
-    table = Table(title=str(run_dir))
-    for name in ("stage", "folder", "state", "started", "seconds"):
-        table.add_column(name)
-    for entry in found:
-        table.add_row(*(cell(entry.get(name)) for name in ("stage", "folder", "state", "started", "seconds")))
-    OUT.print(table)
+    return [*found, *_other_folders(run_dir, {entry["folder"] for entry in found})]
+
+
+def _is_begun(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name not in DERIVED for path in folder.iterdir())
 
 
 def _finished(command: str, path: Path, environment: Environment) -> dict[str, Any]:
-    times = {"started": environment.started, "seconds": environment.seconds}
+    """Of a stage that holds others together, the seconds of them all."""
+    seconds = environment.seconds
+    for member in path.parent.glob(f"*/{FILE_NAME}"):
+        seconds += read_manifest(path.parent, member.parent.name).environment.seconds
+    times = {"started": environment.started, "seconds": round(seconds, 3)}
     return {"stage": command, "folder": path.parent.name, "state": "finished", **times}
 
 

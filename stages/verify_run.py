@@ -16,11 +16,12 @@ from loguru import logger
 from schemas.failures import IntegrityFailure
 from schemas.files import CHUNK, FileRef
 from schemas.manifest import FILE_NAME, Manifest, key_of
+from schemas.report_run import DERIVED
 from schemas.run_manifests import broken_links, manifest_folders, read_manifest
 from schemas.verify_run import CheckedFolder, Fault, Problem, VerifyConfig
 from schemas.version import VERSION
 
-UNLISTED = ("metrics.jsonl", "report.html", "samples.json")  # what stages and reports leave beside the outputs
+UNLISTED = ("metrics.jsonl", *DERIVED)  # what stages and reports leave beside the outputs
 LEFTOVERS = ("checkpoints", "parts", "shares")  # of work that was cut short: `cpipe clean` removes them
 
 

@@ -76,7 +76,7 @@ def test_the_flags_of_a_stage_are_the_settings_of_its_config(name):
     ("name", "flags"),
     [
         ("run", {"run", "inputs", "--from", "--until", "--settings", "--force", "--dry-run", "--json"}),
-        ("status", {"run", "--json"}),
+        ("status", {"run", "--json", "--watch"}),
         ("demo", {"run", "--force"}),
         ("init", {"run"}),
         ("schema", {"stage", "--manifest"}),

@@ -1,0 +1,34 @@
+"""Settings of report, and the texts it shows.
+
+- the report is no stage: nothing is made from it, it can be written of a run that is not finished, and it shows times
+  and machines, which no digest covers. So it has no manifest; it lies beside the evaluation and goes with it
+"""
+
+from pydantic import Field
+
+from schemas.strict import Config, Strict
+
+FILE_NAME = "report.html"
+SAMPLES = "samples.json"
+DERIVED = (FILE_NAME, SAMPLES)  # what lies in the folder of the evaluation beside what its manifest lists
+
+
+class ReportConfig(Config):
+    """What is reported of a run beside all that its manifests say."""
+
+    prompts: tuple[str, ...] = Field((), description="Texts for the models to continue in the report.")
+    max_tokens: int = Field(60, gt=0, description="Tokens of a continuation, at most.")
+
+
+class Sample(Strict):
+    """What one model made of a prompt."""
+
+    model: str = Field(description="The model, as `cpipe generate` calls it.")
+    prompt: str = Field(description="The text given.")
+    text: str = Field(description="The text added.")
+
+
+class Samples(Strict):
+    """Content of `reports/samples.json`."""
+
+    samples: tuple[Sample, ...] = Field(description="In the order in which they are shown.")
