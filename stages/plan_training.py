@@ -26,16 +26,19 @@ from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME, Manifest
 from schemas.plan_training import Memory, Plan, PlanConfig, PlannedTraining
 from schemas.tokenize_text import TokenizeManifest
+from schemas.train_experts import LoraConfig
 from schemas.train_gates import GateMode
 from schemas.train_seed import SeedManifest
 from schemas.training import TrainingConfig
 from stages.engine.checkpoints import KEPT
-from stages.engine.engines import choose_precision, start_engine
+from stages.engine.engines import start_engine
+from stages.engine.precision import choose_precision
 from stages.engine.processes import find_place
 from stages.nn.central import CentralLoss, CentralModel
-from stages.nn.composed import ComposedLoss, ComposedModel, SeedGate
+from stages.nn.composed import ComposedLoss, ComposedModel
 from stages.nn.decoder import Decoder, NextTokenLoss
-from stages.nn.gates import ExpertGates, GateLoss
+from stages.nn.gates import ContrastiveLoss, ExpertGates, GateLoss, SeedGate
+from stages.nn.lora import add_adapters
 from stages.nn.planning import PassCost, cost_of_pass
 
 M = TypeVar("M", bound=Manifest)
@@ -102,10 +105,13 @@ def _jobs(config: PlanConfig, shape: DecoderConfig, experts: int) -> Iterator[Jo
         raise UsageFailure(f"a batch of {whole.batch_size} rows does not divide among {experts} experts")
     yield Job("seed", 1, decoder, config.seed.training)
     share = whole.model_copy(update={"batch_size": whole.batch_size // experts})
-    yield Job("experts", experts, decoder, share, share=1 / experts)
+    adapted = partial(_adapted, shape, config.experts.lora) if config.experts.kind == "lora" else decoder
+    yield Job("experts", experts, adapted, share, share=1 / experts)
     if config.experts.dense:
         yield Job("dense", 1, decoder, whole)
     for mode in config.gates.modes:
+        if mode == "mean-activation":
+            continue  # nothing is trained
         alone = mode == "independent"
         make = partial(_gate_loss, shape, 1 if alone else experts, mode, config.gates.layer)
         count, part = (experts, 1 / experts) if alone else (1, 1.0)
@@ -124,6 +130,10 @@ def _next_token(shape: DecoderConfig) -> nn.Module:
     return NextTokenLoss(Decoder(shape))
 
 
+def _adapted(shape: DecoderConfig, lora: LoraConfig) -> nn.Module:
+    return NextTokenLoss(add_adapters(Decoder(shape), lora, seed=0))
+
+
 def _central_loss(shape: CentralConfig) -> nn.Module:
     return CentralLoss(CentralModel(shape))
 
@@ -134,12 +144,14 @@ def _frozen(shape: DecoderConfig) -> Decoder:
 
 def _gate_loss(shape: DecoderConfig, experts: int, mode: GateMode, layer: int | None) -> nn.Module:
     gates = _gates(shape, experts, mode, layer)
+    if mode == "contrastive":
+        return ContrastiveLoss(gates, _frozen(shape))
     return GateLoss(gates, _frozen(shape), [_frozen(shape) for _ in range(experts)], 0 if mode != "joint" else None)
 
 
 def _gates(shape: DecoderConfig, experts: int, mode: GateMode, layer: int | None) -> ExpertGates:
     depth = (shape.num_hidden_layers + 1) // 2 if layer is None else layer
-    return ExpertGates.closed(experts, shape.hidden_size, depth, mode)
+    return ExpertGates.closed(experts, shape.hidden_size, mode, depth, memory=0.0, end_of_text=0)
 
 
 def _composed_loss(config: ComposeConfig, central: CentralConfig, shape: DecoderConfig, experts: int) -> nn.Module:

@@ -229,5 +229,5 @@ class ContrastiveLoss(nn.Module):
         with torch.no_grad():
             read_BTD = self.gates.read(self.seed, row_BT[:, :-2])
         score_BTX = self.gates.scores(read_BTD)
-        own_BTX = F.one_hot(row_BT[:, -1:], score_BTX.shape[-1]).expand_as(score_BTX)
-        return {"loss": F.binary_cross_entropy_with_logits(score_BTX, own_BTX.float())}
+        own_B1X = row_BT[:, -1:, None] == torch.arange(score_BTX.shape[-1], device=row_BT.device)
+        return {"loss": F.binary_cross_entropy_with_logits(score_BTX, own_B1X.float().expand_as(score_BTX))}
