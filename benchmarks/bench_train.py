@@ -1,6 +1,6 @@
 """Training: cpipe's loop beside a minimal torch loop, transformers and litgpt, the same batches, in turn.
 
-    python benchmarks/bench_train.py [--rounds 5] [--steps 2] [--rows fp32]
+    python benchmarks/bench_train.py [--rounds 4] [--steps 1] [--rows fp32]
     torchrun --nproc-per-node 2 benchmarks/bench_train.py     # the minimal loop becomes DDP; with ZeRO 0, 1, 2
     pip install litgpt                                        # or its rows say that it is not there
 
@@ -229,8 +229,8 @@ def all_rows(world: int) -> dict[str, tuple[Start, bool]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="Steps of a turn.")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=1, help="Steps of a turn.")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
