@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from schemas.decoder import DecoderShape
 from stages.nn.attention import Layer, RMSNorm, causal_mask, rotary_angles
 from stages.nn.decoder import Decoder
 
@@ -35,7 +34,25 @@ PARTS = frozenset(
     )
 )
 BIASES = frozenset(f"self_attn.{side}_proj.bias" for side in "qkv")
-SETTINGS = frozenset({*DecoderShape.model_fields, "vocab_size", "max_position_embeddings"})
+# Settings it follows, or that show in the parts; any other must be at its default.
+SETTINGS = frozenset(
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "vocab_size",
+        "max_position_embeddings",
+        "model_type",
+        "bos_token_id",
+        "eos_token_id",
+    ]
+)
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]  # layer, q [R, H, E], k and v [R, 2 K, E] -> [R, H E]
 

@@ -164,11 +164,11 @@ def test_a_decoder_with_a_part_it_does_not_know_is_not_packed():
 
 
 def test_a_decoder_with_a_setting_it_does_not_know_is_not_packed():
-    class Windowed(DecoderConfig):
-        sliding_window: int | None = None
+    class Further(DecoderConfig):
+        invented: int | None = None
 
     decoder = loud()
     known = decoder.config.model_dump()
-    for window, expected in ((None, True), (8, False)):
-        decoder.config = Windowed(**known, sliding_window=window)
+    for value, expected in ((None, True), (8, False)):
+        decoder.config = Further(**known, invented=value)
         assert packable(decoder) is expected
