@@ -34,6 +34,9 @@ class TrainingConfig(Config):
     skipped_steps: int = Field(
         3, ge=0, description="Steps in a row that may be left out as loss or gradient is not finite; one more stops."
     )
+    mask_documents: bool = Field(
+        False, description="Let no token of a row see the documents before its own; positions run on through the row."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Of initial weights and of the order of the rows.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",

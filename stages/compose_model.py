@@ -123,6 +123,8 @@ def _new_central(config: CentralAloneConfig, run_dir: Path, seed_manifest: SeedM
     shape, training = config.central, config.training
     if training.zero_stage == 3:
         raise UsageFailure("--zero-stage 3 would shard the frozen experts too: use 0, 1 or 2 to compose")
+    if training.mask_documents:
+        raise UsageFailure("--mask-documents is for decoders: the central model's groups reach over documents")
     if training.sequence_length < 2 * shape.group_length:
         raise UsageFailure(
             f"rows of {training.sequence_length} tokens hold less than two groups of {shape.group_length}: "

@@ -81,6 +81,7 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
         store, documents = _documents(config.cluster, run_dir, tokens, clusters)
         rows = Rows(store, tokens.metrics.end_of_text, training.sequence_length, documents)
         decoder = _from_seed(run_dir, seed, config)
+        decoder.separator = tokens.metrics.end_of_text if training.mask_documents else None
         metrics = train(
             NextTokenLoss(decoder),
             # Another order than the seed's: with the same one a member would see the seed's rows again, first of all.

@@ -39,6 +39,8 @@ def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesMani
         numbers = range(experts_manifest.metrics.experts)
         experts = [_read_expert(run_dir, number, seed_manifest, seed) for number in numbers]
         layer, end = _layer(config, seed), tokens.metrics.end_of_text
+        for decoder in (seed, *experts):
+            decoder.separator = end if config.training.mask_documents else None
         rows = _rows_of_clusters(config, run_dir, tokens, clusters)
         tensors: dict[str, torch.Tensor] = {}
         runs: list[GateRun] = []

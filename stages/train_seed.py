@@ -31,6 +31,7 @@ def run(config: SeedConfig, run_dir: Path, *, force: bool = False) -> SeedManife
         store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])
         rows = Rows(store, tokens.metrics.end_of_text, training.sequence_length)
         decoder = _new_decoder(config, tokens)
+        decoder.separator = tokens.metrics.end_of_text if training.mask_documents else None
         metrics = train(
             NextTokenLoss(decoder),
             rows.batches(training.batch_size, training.seed),

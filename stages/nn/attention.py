@@ -82,9 +82,11 @@ class View:
         window: int | None = None,
         square: bool = True,
         scaling: RopeScaling | None = None,
+        document_BT: Tensor | None = None,
     ) -> None:
         """`square`: positions rise by one from the first to the last, so that without cache and window the plain causal
-        kernel can be used and no mask is built."""
+        kernel can be used and no mask is built. `document_BT`: the number of each position's document, which is all it
+        sees; for passes without a cache."""
         angle_TE = rotary_angles(position_T, head_dim, theta, scaling)
         self.cos_TE, self.sin_TE = angle_TE.cos(), angle_TE.sin()
         self.cache = cache
@@ -93,6 +95,9 @@ class View:
         self.mask_TS: Tensor | None = None
         if not square or window is not None or len(position_S) > len(position_T):
             self.mask_TS = causal_mask(position_T, position_S, window)
+        if document_BT is not None:  # [B, 1, T, T] then
+            same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
+            self.mask_TS = (same_BTS & causal_mask(position_T, position_S, window))[:, None]
 
     def layer_cache(self, layer: int) -> LayerCache | None:
         """The cache of one layer of the stack."""

@@ -38,7 +38,13 @@ class DecoderBody(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model. `config` says its shape."""
+    """A causal language model. `config` says its shape.
+
+    `separator`: the token that begins a document; where it is set, no position sees a document before its own (in
+    passes without a cache).
+    """
+
+    separator: int | None = None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -99,7 +105,13 @@ class Decoder(nn.Module):
         if window is not None and window >= end:  # nothing is out of sight yet, so the kernel without a mask will do
             window = None
         return View(
-            position_T, config.head_dim, config.rope_theta, cache=cache, window=window, scaling=config.rope_scaling
+            position_T,
+            config.head_dim,
+            config.rope_theta,
+            cache=cache,
+            window=window,
+            scaling=config.rope_scaling,
+            document_BT=None if self.separator is None or cache is not None else (ids_BT == self.separator).cumsum(1),
         )
 
     def forward(self, ids_BT: Tensor, cache: StackCache | None = None) -> Tensor:

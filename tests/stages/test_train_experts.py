@@ -242,3 +242,18 @@ def test_an_expert_needs_no_shards_but_its_own(seeded_run, copied_run, config):
     assert train_experts.run(one, run_dir).content_digest() == whole.content_digest()
     with pytest.raises(IntegrityFailure, match=r"clusters/000/train-00000.arrow is missing"):
         train_experts.run(config.model_copy(update={"expert": "0"}), run_dir)
+
+
+def test_experts_see_one_document_where_that_is_asked(expert_run, copied_run, monkeypatch):
+    run_dir, seen = copied_run(expert_run), []
+
+    def look(module, *_):
+        seen.append(module.decoder.separator)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_experts, "train", look)
+    config = ExpertsManifest.read(run_dir).config.model_copy(update={"expert": "1"})
+    for masked in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            train_experts.run(changed(config, mask_documents=masked), run_dir, force=True)
+    assert seen == [TokenizeManifest.read(run_dir).metrics.end_of_text, None]

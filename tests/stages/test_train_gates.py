@@ -7,6 +7,7 @@ import torch
 
 from schemas.failures import InputFailure, IntegrityFailure, UsageFailure
 from schemas.files import digest_of
+from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertsConfig
 from schemas.train_gates import GateMode, GatesConfig, GatesManifest
 from schemas.training import TrainingConfig
@@ -72,6 +73,16 @@ def test_the_manifest_says_what_was_done(gated_run, config):
     assert {name: tuple(tensor.shape) for name, tensor in gates_of(gated_run).items()} == {
         f"{mode}.{name}": shape for mode in get_args(GateMode) for name, shape in (("bias", (3,)), ("vectors", (3, 32)))
     }
+
+
+def test_gates_learn_on_decoders_that_see_one_document_where_that_is_asked(expert_run, copied_run, config, calls):
+    run_dir = copied_run(expert_run)
+    train_gates.run(config.model_copy(update={"training": TRAINING.model_copy(update={"steps": 1})}), run_dir)
+    assert {decoder.separator for loss, _ in calls.values() for decoder in (loss.seed, *loss.experts)} == {None}
+    masked = TRAINING.model_copy(update={"steps": 1, "mask_documents": True})
+    train_gates.run(config.model_copy(update={"training": masked}), run_dir, force=True)
+    end = TokenizeManifest.read(run_dir).metrics.end_of_text
+    assert {decoder.separator for loss, _ in calls.values() for decoder in (loss.seed, *loss.experts)} == {end}
 
 
 def test_trained_gates_mix_better_than_closed_ones(expert_run, copied_run, config, calls):

@@ -181,3 +181,10 @@ def test_a_new_model_that_does_not_start_near_a_guess_is_doubted(monkeypatch):
     assert not said
     train_seed._doubt(7.0, 320)
     assert said == ["the first loss was 7.00, expected about ln V = 5.77"]
+
+
+def test_masked_documents_train_other_weights(seeded_run, copied_run, config):
+    run_dir = copied_run(seeded_run)
+    before = digest_of(run_dir / "seed" / "model.safetensors")
+    train_seed.run(changed(config, mask_documents=True, steps=8), run_dir, force=True)
+    assert digest_of(run_dir / "seed" / "model.safetensors") != before

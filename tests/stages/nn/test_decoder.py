@@ -223,3 +223,28 @@ def test_bf16_gives_nearly_the_loss_of_fp32():
         rounded = NextTokenLoss(decoder)(rows)["loss"]
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact, rel=0.02)
+
+
+def test_with_a_separator_no_token_sees_another_document() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(SEPARATED).eval()
+    decoder.separator = 5
+    row_BT = torch.tensor([[5, 1, 2, 3, 5, 4, 6, 7, 5, 8], [9, 1, 5, 5, 2, 3, 4, 6, 7, 8]])
+    with torch.no_grad():
+        before = decoder(row_BT)
+        other_BT = row_BT.clone()
+        other_BT[0, 1:4] = torch.tensor([7, 7, 7])  # the first document of the first row
+        after = decoder(other_BT)
+        moved_BT = (before != after).any(-1)
+        assert moved_BT[0, 1:4].all() and not moved_BT[0, 4:].any() and not moved_BT[1].any()
+        alone = decoder(row_BT[:, 4:8])[:1]  # positions are relative: a document alone scores as it does in the row
+        torch.testing.assert_close(before[:1, 4:8], alone, atol=1e-5, rtol=1e-5)
+        decoder.separator = None
+        assert (decoder(row_BT) != before)[0, 4:].any(-1).all()
+        torch.testing.assert_close(decoder(row_BT)[0, :4], before[0, :4], atol=1e-5, rtol=1e-5)
+
+
+SEPARATED = DecoderConfig(
+    vocab_size=10, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+    num_hidden_layers=2,
+)  # fmt: skip
