@@ -5,8 +5,6 @@
 - a resumed run writes a file of its own whose first event tells TensorBoard to forget the steps that are done again
 """
 
-import os
-import socket
 import struct
 import time
 from collections.abc import Mapping
@@ -20,7 +18,7 @@ class EventFile:
         """`first_step`: the steps after this one follow."""
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.iterdir()))  # of this start: TensorBoard reads the files in the order of their names
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{number:04d}"
+        name = f"events.out.tfevents.{number:04d}"
         self._file = (folder / name).open("ab")
         self._append(0, _bytes(3, b"brain.Event:2"))  # file_version
         if first_step:

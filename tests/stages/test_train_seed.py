@@ -43,7 +43,7 @@ def test_the_manifest_says_what_was_done(seeded_run, config):
     assert all(ref.check(seeded_run) for ref in manifest.outputs)
     assert manifest.metrics.training.tokens == 8 * 6 * 32
     left = {path.name for path in (seeded_run / "seed").iterdir()} - {ref.path[5:] for ref in manifest.outputs}
-    assert left == {"manifest.json", "metrics.jsonl"}
+    assert left == {"manifest.json", "metrics.jsonl", "tensorboard"}
 
 
 def test_the_first_loss_is_that_of_a_guess_and_the_last_is_lower(seeded_run):
