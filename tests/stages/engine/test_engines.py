@@ -124,9 +124,9 @@ def test_the_norm_of_the_gradient_is_given_before_clipping(engine):
     module(batch_at(0))["loss"].backward()
     expected = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad]).norm().item()
     module.zero_grad()
-    parts, norm = start_engine(module, settings, ALONE).step([batch_at(0)], 1e-3)
-    assert norm == pytest.approx(expected, rel=1e-4)
-    assert parts["loss"].item() == pytest.approx(Toy()(batch_at(0))["loss"].item(), abs=1e-6)
+    outcome = start_engine(module, settings, ALONE).step([batch_at(0)], 1e-3)
+    assert outcome.norm == pytest.approx(expected, rel=1e-4)
+    assert outcome.parts["loss"].item() == pytest.approx(Toy()(batch_at(0))["loss"].item(), abs=1e-6)
 
 
 def test_bf16_trains_nearly_like_fp32_and_keeps_fp32_weights(tmp_path):
