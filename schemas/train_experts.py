@@ -54,6 +54,13 @@ class ExpertsConfig(Config):
     expert: str | None = runtime_setting(
         None, "Train only this member: a cluster's number, or `dense` (for arrays of jobs).", pattern=r"^(\d+|dense)$"
     )
+    parallel: int | None = runtime_setting(
+        None,
+        "Members trained at once, each in a process of its own with its share of the threads; default: one per CUDA "
+        "device, and one on a processor, where other numbers of threads round differently, so that bytes are equal "
+        "only for equal numbers. Under a launcher one at a time.",
+        gt=0,
+    )
 
     @model_validator(mode="after")
     def _adapters_are_of_lora(self) -> Self:

@@ -3,13 +3,15 @@
 - tokens are matched by batch size, not by steps: k experts take as many optimizer steps as the dense baseline, with
   1/k of the batch each (Gururangan et al. 2023); with 1/k of the steps instead, they lose to the dense model
 - the dense baseline is a member like any other: the same seed, steps and schedule, all documents, the whole batch
-- every member is a finished stage of its own, so members can be trained by different jobs and only missing ones are
+- every member is a finished stage of its own, so members can be trained by different jobs, several at once, and only
+  missing ones are; one that fails does not stop the others
 - a LoRA expert trains and keeps adapters over the seed only; the dense baseline beside it stays a full model
 - where `cpipe cluster` wrote token shards for each cluster, an expert reads its own and no others, so it can be trained
   on a machine that has only them, and ends with the same weights
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import Rows
 from stages.data.token_store import TokenStore, read_table
 from stages.engine.loop import train
+from stages.engine.members import Member, members_at_once, train_members
 from stages.nn.decoder import Decoder, NextTokenLoss
 from stages.nn.lora import adapters, add_adapters
 
@@ -50,7 +53,13 @@ def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> Experts
         if folder not in members:
             raise UsageFailure(f"--expert {config.expert} is not one of {', '.join(members)}")
         return _train_member(folder, members[folder], run_dir, upstream, force)
-    finished = {folder: _train_member(folder, member, run_dir, upstream, force) for folder, member in members.items()}
+    missing = [folder for folder in members if force or not _is_finished(folder, members[folder], run_dir, upstream)]
+    trainings = [
+        Member(folder, partial(_train_member, folder, members[folder], run_dir, upstream, force), _log(run_dir, folder))
+        for folder in missing
+    ]
+    trained = train_members(trainings, min(members_at_once(config.parallel), len(members)))
+    finished = {folder: trained.get(folder) or ExpertManifest.read(run_dir, folder) for folder in members}
     return _finish(config, run_dir, finished)
 
 
@@ -69,9 +78,23 @@ def _members(config: ExpertsConfig, clusters: int) -> Iterator[tuple[str, Expert
         yield "dense", ExpertConfig(cluster=None, lora=None, training=whole)
 
 
+def _is_finished(folder: str, config: ExpertConfig, run_dir: Path, upstream: Upstream) -> bool:
+    """Whether there is nothing to do. Raises StaleFailure before anything is trained, where there is something else."""
+    if not (run_dir / folder / FILE_NAME).exists():
+        return False
+    inputs = [manifest.as_input() for manifest in upstream]
+    with claim_folder(run_dir, ExpertManifest, config, inputs, folder=folder) as claim:
+        return claim.finished is not None
+
+
+def _log(run_dir: Path, folder: str) -> Path:
+    """Where the process of a member writes, when members are trained at once."""
+    return run_dir / "logs" / f"{ExpertManifest.command}-{Path(folder).name}.log"
+
+
 def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Upstream, force: bool) -> ExpertManifest:
     tokens, clusters, seed = upstream
-    inputs = [tokens.as_input(), clusters.as_input(), seed.as_input()]
+    inputs = [manifest.as_input() for manifest in upstream]
     with claim_folder(run_dir, ExpertManifest, config, inputs, folder=folder, force=force) as claim:
         if claim.finished:
             return claim.finished

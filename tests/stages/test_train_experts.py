@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from schemas.cluster_documents import ClusterManifest
-from schemas.failures import IntegrityFailure, UsageFailure
+from schemas.failures import IntegrityFailure, LockedFailure, UsageFailure
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsConfig, ExpertsManifest
 from schemas.train_seed import SeedManifest
@@ -257,3 +257,51 @@ def test_experts_see_one_document_where_that_is_asked(expert_run, copied_run, mo
         with pytest.raises(KeyboardInterrupt):
             train_experts.run(changed(config, mask_documents=masked), run_dir, force=True)
     assert seen == [TokenizeManifest.read(run_dir).metrics.end_of_text, None]
+
+
+def digests(run_dir):
+    return {folder: member.outputs for folder, member in members(run_dir).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_members_trained_at_once_have_the_bytes_of_those_trained_in_turn(engine, seeded_run, tmp_path, config):
+    config = changed(config, engine=engine)
+    in_turn, at_once = (shutil.copytree(seeded_run, tmp_path / name) for name in ("in-turn", "at-once"))
+    one = train_experts.run(config, in_turn)
+    other = train_experts.run(config.model_copy(update={"parallel": 2}), at_once)
+    assert digests(at_once) == digests(in_turn)
+    assert other.content_digest() == one.content_digest()
+    assert {path.name for path in (at_once / "logs").iterdir()} == {
+        "train-experts-000.log", "train-experts-001.log", "train-experts-002.log", "train-experts-dense.log",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("parallel", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_member_that_fails_stops_no_other_and_only_it_is_trained_again(
+    parallel, expert_run, seeded_run, copied_run, config, calls
+):
+    from stages.artifacts.stage_folder import claim_folder
+
+    run_dir = copied_run(seeded_run)
+    config = config.model_copy(update={"parallel": parallel})
+    with (
+        claim_folder(run_dir, ExpertManifest, config, [], folder="experts/001"),  # as another job would
+        pytest.raises(LockedFailure, match=r"^experts/001: .*experts/001 is being worked on by process \d+") as failed,
+    ):
+        train_experts.run(config, run_dir)
+    assert ("train-experts-001.log" in str(failed.value)) == (parallel == 2)
+    assert not (run_dir / "experts/manifest.json").exists()
+    calls.clear()
+    train_experts.run(config.model_copy(update={"parallel": 1}), run_dir)
+    assert list(calls) == ["experts/001"]
+    assert digests(run_dir) == digests(expert_run)
+
+
+def test_nothing_is_trained_where_a_later_member_is_of_other_settings(expert_run, copied_run, config, calls):
+    run_dir = copied_run(expert_run)
+    for number in range(3):
+        shutil.rmtree(run_dir / f"experts/{number:03d}")
+    with pytest.raises(UsageFailure, match=r"dense is finished, but training.steps was 8 and is now 9"):
+        train_experts.run(changed(config, steps=9), run_dir)
+    assert not calls
