@@ -39,8 +39,7 @@ class ExpertsConfig(Config):
 
     kind: Literal["full", "lora"] = Field(
         "full",
-        description="Experts with all weights their own, or LoRA adapters over the seed's, which want about ten times "
-        "the learning rate.",
+        description="Experts with all weights their own, or LoRA adapters over the weights of the seed.",
     )
     lora: LoraConfig = Field(LoraConfig(), description="The adapters, where the kind is lora.")
     training: TrainingConfig = Field(
