@@ -52,6 +52,7 @@ STAGES = (
 )
 EXCHANGE = (
     Stage("import", "import_model", "Import", "Take a Hugging Face model as the seed, in place of training one."),
+    Stage("export", "export_model", "Export", "Write a model of the run as a Hugging Face folder."),
 )
 BY_COMMAND = {stage.command: stage for stage in (*STAGES, *EXCHANGE)}
 PIPELINE = tuple(stage.command for stage in STAGES if stage.command != "collect")

@@ -122,3 +122,69 @@ def test_a_mistyped_run_is_not_made(cpipe, tmp_path, command, line):
     assert result.exit_code == 2
     assert "no run at" in line(result) and "cpipe tokenize" in line(result)
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.fixture
+def exported(piped_run, cpipe, tmp_path):
+    """The seed of `piped_run` as a folder that could be from anywhere."""
+    result = cpipe("export", piped_run, tmp_path / "model")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"export finished in {piped_run}: 5 files\n")
+    return tmp_path / "model"
+
+
+def with_settings(run_dir, *lines):
+    """Put lines in the place of the table [train-seed]."""
+    text = (run_dir / "cpipe.toml").read_text()
+    begin = text.index("[train-seed]")
+    text = text[:begin] + "\n".join(lines) + "\n" + text[text.index("[train-experts]") :]
+    (run_dir / "cpipe.toml").write_text(text)
+
+
+def seed_command(cpipe, run_dir):
+    stages = json.loads(cpipe("status", run_dir, "--json").stdout)["stages"]
+    (entry,) = [entry for entry in stages if entry["folder"] == "seed"]
+    return entry["stage"]
+
+
+def test_an_import_takes_the_place_of_training_a_seed(piped_run, copied_run, cpipe, exported):
+    run_dir = copied_run(piped_run)
+    assert seed_command(cpipe, run_dir) == "train-seed"
+    result = cpipe("import", run_dir, f"hf:{exported}", "--force")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"import finished in {run_dir}: 4 files in seed\n")
+    assert seed_command(cpipe, run_dir) == "import"
+
+
+def test_a_run_imports_where_the_settings_say_so(piped_run, copied_run, cpipe, line, exported):
+    run_dir = copied_run(piped_run)
+    with_settings(run_dir, "[import]", f'source = "hf:{exported}"')
+    assert "was made by `cpipe train-seed`: give --force" in line(cpipe("run", run_dir, "--until", "train-seed"))
+    result = cpipe("run", run_dir, "--until", "train-seed", "--force")
+    assert result.exit_code == 0, result.stderr
+    assert seed_command(cpipe, run_dir) == "import"
+    assert cpipe("run", run_dir, "--until", "train-seed").exit_code == 0
+
+
+def test_a_seed_imported_by_hand_is_taken_unless_the_settings_train_one(piped_run, copied_run, cpipe, line, exported):
+    run_dir = copied_run(piped_run)
+    cpipe("import", run_dir, f"hf:{exported}", "--force")
+    assert "was made by `cpipe import`: give --force" in line(cpipe("run", run_dir, "--until", "train-seed"))
+    with_settings(run_dir)
+    before = files_of(run_dir / "seed")
+    assert cpipe("run", run_dir, "--until", "train-seed").exit_code == 0
+    assert files_of(run_dir / "seed") == before
+
+
+def test_a_run_has_one_seed(piped_run, copied_run, cpipe, line):
+    run_dir = copied_run(piped_run)
+    with_settings(run_dir, "[import]", 'source = "hf:there"', "[train-seed]")
+    assert "have [import] and [train-seed], and a run has one seed" in line(cpipe("run", run_dir))
+
+
+@pytest.mark.parametrize("words", [("import",), ("export",), ("import", "s3:x"), ("export", "x", "--model", "central")])
+def test_what_is_missing_or_unknown_is_one_line(words, piped_run, cpipe, line):
+    command, *rest = words
+    result = cpipe(command, piped_run, *rest)
+    assert result.exit_code == 2
+    assert "expected" in line(result) or "cpipe " in line(result)
