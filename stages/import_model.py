@@ -67,11 +67,14 @@ def _tokenize(run_dir: Path, folder: HuggingFaceFolder, more: str = "") -> str:
 
 
 def _shapes(shape: DecoderConfig, stored: dict[str, StoredTensor]) -> dict[str, torch.Size]:
-    """The weights such a decoder has. Raises InputFailure when they are fewer than its layers: none is built then."""
+    """The weights such a decoder has. Raises InputFailure when it is beyond all measure: none is built then."""
     if shape.num_hidden_layers > len(stored):
         raise InputFailure(f"config.json has num_hidden_layers {shape.num_hidden_layers}, for {len(stored)} tensors")
-    with torch.device("meta"):
-        return {name: weight.shape for name, weight in Decoder(shape).weights().items()}
+    try:
+        with torch.device("meta"):
+            return {name: weight.shape for name, weight in Decoder(shape).weights().items()}
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits, of one side or of a matrix
+        raise InputFailure("config.json describes matrices too large for any machine") from error
 
 
 def _refuse_another_tokenizer(

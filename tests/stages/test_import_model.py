@@ -19,6 +19,7 @@ from schemas.train_gates import GatesConfig
 from schemas.train_seed import SeedConfig, SeedManifest
 from stages import compose_model, evaluate_models, generate_text, import_model, train_experts, train_gates, train_seed
 from stages.artifacts.model_folder import read_model
+from stages.artifacts.run_models import RunModels
 from stages.nn.decoder import Decoder
 
 VOCAB = 320
@@ -193,6 +194,8 @@ def test_every_stage_takes_it_for_a_seed(kind, run_dir, tmp_path, training, eval
     train_gates.run(GatesConfig(training=training.model_copy(update={"steps": 2, "weight_decay": 0.0})), run_dir)
     compose_model.run(ComposeConfig(central=CENTRAL, training=training, bridge_training=BRIDGES, bridges=CALM), run_dir)
     rows = {row.model: row for row in evaluate_models.run(evaluation, run_dir).metrics.rows}
+    longest = read_model(run_dir, SeedManifest.read(run_dir))[0]
+    assert RunModels.find(run_dir).window_length(longest) == training.sequence_length < longest.max_position_embeddings
     assert rows["seed"].training_flops == 0
     assert rows["uniform ensemble"].training_flops == rows["seed"].inference_flops * 3 * members.metrics.tokens
     for model in ("seed", "expert:1", "cbtm", "central"):
@@ -253,6 +256,8 @@ FAULTS = {
     "other widths": (config_with(intermediate_size=40), "mlp.down_proj.weight is (32, 48), and config.json makes it"),
     "more layers": (config_with(num_hidden_layers=3), "model.layers.2.input_layernorm.weight and 8 more tensors are m"),
     "many layers": (config_with(num_hidden_layers=10**12), "num_hidden_layers 1000000000000, for 21 tensors"),
+    "wide layers": (config_with(hidden_size=32 * 10**20), "describes matrices too large for any machine"),
+    "wide matrices": (config_with(hidden_size=1 << 40, intermediate_size=1 << 40), "describes matrices too large for"),
     "fewer layers": (config_with(num_hidden_layers=1), "in the weights, and not in such a model"),
     "small vocabulary": (
         lambda folder: (
