@@ -18,6 +18,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("verify")(verify)
     app.command("clean")(clean)
     app.command("schema")(schema)
+    app.command("report")(report)
 
 
 def init(run: Run) -> None:
@@ -102,3 +103,24 @@ def schema(
         config = BY_COMMAND[stage].config if stage in BY_COMMAND else GenerateConfig
         content = manifest_schema(stage) if manifest else settings_schema(stage, config)
     print(json.dumps(content, indent=2))
+
+
+def report(
+    run: Run,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Text that the run's models continue in the report.")
+    ] = None,
+) -> None:
+    """Write RUN/reports/report.html: all there is to know of the run on one page that opens anywhere."""
+    from cpipe.console import session
+    from schemas.report_run import ReportConfig
+    from stages.report_run import stream
+
+    with session(run, "report", log=False):
+        if prompt:
+            from cpipe.samples import write_samples
+
+            write_samples(run, prompt)
+        written = [run / ref.path for ref in stream(ReportConfig(), run)]
+    for path in written:
+        print(path)

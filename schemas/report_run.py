@@ -1,7 +1,8 @@
 """Settings of report, and the texts it shows.
 
-- the report is no stage: nothing is made from it, it can be written of a run that is not finished, and it shows times
-  and machines, which no digest covers. So it has no manifest; it lies beside the evaluation and goes with it
+- the report is derived, no result: nothing is made from it, it can be written of a run that is not finished, and it
+  shows times and machines, which no digest covers. So it has no manifest; it lies beside the evaluation and
+  goes with it
 """
 
 from pydantic import Field
@@ -14,10 +15,11 @@ DERIVED = (FILE_NAME, SAMPLES)  # what lies in the folder of the evaluation besi
 
 
 class ReportConfig(Config):
-    """What is reported of a run beside all that its manifests say."""
+    """How much of a run is written out."""
 
-    prompts: tuple[str, ...] = Field((), description="Texts for the models to continue in the report.")
-    max_tokens: int = Field(60, gt=0, description="Tokens of a continuation, at most.")
+    listed_files: int = Field(
+        100, ge=0, description="Files of each folder that are listed with their digests, at most."
+    )
 
 
 class Sample(Strict):

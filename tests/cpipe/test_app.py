@@ -16,6 +16,7 @@ HEAVY = ("torch", "deepspeed", "pyarrow", "polars", "tokenizers", "sklearn", "nu
 COMMANDS = [
     "collect", "tokenize", "cluster", "train-seed", "train-experts", "train-gates", "compose", "evaluate", "import",
     "export", "generate", "run", "plan", "status", "demo", "init", "verify", "clean", "schema",
+    "report",
 ]  # fmt: skip
 SHARED = {"settings", "force", "as_json"}
 
@@ -80,6 +81,7 @@ def test_the_flags_of_a_stage_are_the_settings_of_its_config(name):
         ("demo", {"run", "--force"}),
         ("init", {"run"}),
         ("schema", {"stage", "--manifest"}),
+        ("report", {"run", "--prompt"}),
         ("clean", {"run", "--unfinished", "--dry-run", "--json"}),
         ("verify", {"run", "--sizes-only", "--json"}),
     ],
