@@ -245,9 +245,11 @@ def demo(
 ) -> None:
     """Run the whole pipeline on text found in this Python installation: no download, minutes on two cores."""
     from cpipe.console import session
-    from cpipe.demo import write_settings
+    from cpipe.demo import PROMPT, SAMPLED, write_settings
+    from cpipe.samples import write_samples
     from cpipe.settings import read_settings
     from cpipe.show import show_evaluation, show_samples
+    from schemas.report_run import ReportConfig
 
     with session(run, "demo"):
         write_settings(run)
@@ -255,16 +257,10 @@ def demo(
         (table, *_) = tables.get("collect", [{}])
         _run_unless_up_to_date(BY_COMMAND["collect"], run, table, {}, force)
         manifest = _run_all(run, [str(run / "corpus" / "*.jsonl")], PIPELINE, tables, force)
-        samples = _samples(run)
+        samples = write_samples(run, [PROMPT], SAMPLED)
+        from stages.report_run import stream
+
+        reports = [run / ref.path for ref in stream(ReportConfig(), run)]
     show_evaluation(manifest, run)
-    show_samples(samples)
-
-
-def _samples(run: Path) -> dict[str, str]:
-    """A few lines from a few models."""
-    from cpipe.demo import PROMPT, SAMPLED
-    from schemas.generate_text import GenerateConfig
-    from stages.generate_text import stream
-
-    configs = {model: GenerateConfig(prompt=PROMPT, model=model, max_tokens=60) for model in SAMPLED}
-    return {model: PROMPT + "".join(stream(config, run)) for model, config in configs.items()}
+    show_samples({sample.model: sample.prompt + sample.text for sample in samples})
+    print(*reports, sep="\n")

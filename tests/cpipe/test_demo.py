@@ -45,7 +45,7 @@ def test_settings_are_written_once_and_then_the_users_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_a_table_a_plot_and_samples(tmp_path):
+def test_the_demo_ends_with_a_table_a_plot_samples_and_a_report(tmp_path):
     started = time.monotonic()
     command = [sys.executable, "-m", "cpipe", "demo", str(tmp_path / "demo")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
@@ -57,4 +57,5 @@ def test_the_demo_ends_with_a_table_a_plot_and_samples(tmp_path):
     for model in ("dense", "composed stitch", "cBTM all", "central alone"):
         assert f"| {model} |" in table and model in result.stdout
     assert result.stdout.count(PROMPT) == len(SAMPLED)
+    assert PROMPT in (reports / "report.html").read_text() and str(reports / "report.html") in result.stdout
     assert "Traceback" not in result.stderr

@@ -47,7 +47,32 @@ def test_clean_says_what_it_freed(cpipe, piped_run, copied_run, line):
     assert cpipe("verify", run_dir).exit_code == 0
 
 
-@pytest.mark.parametrize("command", ["verify", "clean"])
+def test_report_says_where_it_is_and_keeps_its_samples(cpipe, piped_run, copied_run):
+    run_dir = copied_run(piped_run)
+    result = cpipe("report", run_dir, "--prompt", "the <b>oven")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{run_dir}/reports/report.html\n"
+    samples = json.loads((run_dir / "reports/samples.json").read_text())["samples"]
+    assert [sample["model"] for sample in samples] == ["seed", "cbtm", "central", "central-calm"]
+    text = cpipe("generate", run_dir, "--model", "cbtm", "--prompt", "the <b>oven", "--max-tokens", "60").stdout
+    assert samples[1]["text"] + "\n" == text
+    first = (run_dir / "reports/report.html").read_bytes()
+    assert b"<b>the &lt;b&gt;oven</b>" in first
+    assert cpipe("report", run_dir).exit_code == 0
+    assert (run_dir / "reports/report.html").read_bytes() == first
+    assert cpipe("verify", run_dir).exit_code == 0
+    assert cpipe("status", run_dir).exit_code == 0
+
+
+def test_a_report_of_nothing_is_one_line(cpipe, tmp_path, line):
+    result = cpipe("report", tmp_path)
+    assert result.exit_code == 2 and "is finished yet" in line(result)
+    result = cpipe("report", tmp_path, "--prompt", "x")
+    assert result.exit_code == 2 and "run `cpipe tokenize" in line(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["verify", "clean", "report"])
 def test_nothing_is_done_to_a_run_that_is_not_there(cpipe, tmp_path, line, command):
     result = cpipe(command, tmp_path / "nowhere")
     assert result.exit_code == 2 and "no run at" in line(result)
