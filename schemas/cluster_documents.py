@@ -49,6 +49,10 @@ class ClusterConfig(Config):
     sample_documents: int = Field(50_000, gt=0, description="Training documents that vectors and centroids fit on.")
     restarts: int = Field(3, gt=0, description="Starts of k-means, of which the best is kept.")
     iterations: int = Field(50, gt=0, description="Rounds of k-means at most, in each start.")
+    potentials: bool = Field(
+        False,
+        description="Take a number per cluster off the distances, so that documents outside of the fit stay balanced.",
+    )
     overlap: float = Field(
         0.0, ge=0, le=1, description="Share of the training documents, those nearest to a border, for two experts each."
     )
@@ -80,6 +84,8 @@ class ClusterConfig(Config):
         if self.method == "random" and (self.overlap or self.vectors or self.sweep):
             given = next(name for name in ("overlap", "vectors", "sweep") if getattr(self, name))
             raise ValueError(f"--{given} needs distances, and --method random goes by the documents' names alone")
+        if self.potentials and self.method != "balanced":
+            raise ValueError(f"--potentials keep clusters of equal size equal, and --method {self.method} makes none")
         if self.overlap and self.clusters == 1 and not self.sweep:
             raise ValueError("--overlap needs a second cluster")
         if self.sweep and max(self.counts()) > MOST_CLUSTERS:
@@ -141,6 +147,9 @@ class ClusterMetrics(Strict):
 
 class ClusterManifest(Manifest):
     """Manifest of `clusters/`: vectorizer.safetensors, centroids.safetensors, assignments-{train,valid}.arrow.
+
+    centroids.safetensors holds `centroids` to route by, `given_centroids` with `vectors`, and with `potentials` one for
+    each cluster: documents were assigned by squared distance, to `given_centroids` where there are some, less these.
 
     And for people clusters.md and map.png; with `materialise` also 000/train-00000.arrow, 000/valid-00000.arrow ….
     """

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from stages.clustering.distances import Labels, squared_distances
 from stages.clustering.features import Floats
-from stages.clustering.kmeans import Labels, squared_distances
 
 CHUNK_TOKENS = 1 << 20
 CHUNK_DOCUMENTS = 1 << 12
@@ -44,8 +44,8 @@ class Documents:
 class Assignment:
     """For every document its cluster, the nearest other one (-1 with one cluster), and how far it is from both.
 
-    `distances`: squared, to the own centroid. `margins`: by how much the other is farther; of documents that say
-    nothing (their vector is zero) infinite.
+    `distances`: squared, to the own centroid. `margins`: by how much the other is farther, where there are potentials
+    less those; of documents that say nothing (their vector is zero) infinite.
     """
 
     labels: Labels
@@ -60,28 +60,35 @@ def assign(
     centroids: Floats,
     workers: int | None = None,
     labels: Labels | None = None,
+    potentials: Floats | None = None,
 ) -> Assignment:
-    """Assign documents with so many tokens each to the nearest centroid, the first of equals; or to their `labels`."""
+    """Assign documents with so many tokens each to the nearest centroid, the first of equals; or to their `labels`.
+
+    With `potentials` [k], which are taken off the squared distances, to that with the least difference.
+    """
 
     def compute(numbers: Numbers) -> tuple[Labels, Labels, Floats, Floats]:
-        return _two(vectors(numbers), centroids, None if labels is None else labels[numbers])
+        return _two(vectors(numbers), centroids, potentials, None if labels is None else labels[numbers])
 
-    none = _two(np.zeros((0, centroids.shape[1]), np.float32), centroids, None)
+    none = _two(np.zeros((0, centroids.shape[1]), np.float32), centroids, None, None)
     columns = zip(none, *in_chunks(compute, lengths, len(centroids), workers), strict=True)
     return Assignment(*(np.concatenate(pieces) for pieces in columns))
 
 
-def _two(vectors: Floats, centroids: Floats, labels: Labels | None) -> tuple[Labels, Labels, Floats, Floats]:
+def _two(
+    vectors: Floats, centroids: Floats, potentials: Floats | None, labels: Labels | None
+) -> tuple[Labels, Labels, Floats, Floats]:
     """Labels, nearest others, distances and margins of some documents."""
     distances = squared_distances(vectors, centroids)
+    costs = distances if potentials is None else distances - potentials
     rows = np.arange(len(vectors))
-    own = distances.argmin(1).astype(np.int32) if labels is None else labels
-    to_own = distances[rows, own]
+    own = costs.argmin(1).astype(np.int32) if labels is None else labels
+    to_own, least = distances[rows, own], costs[rows, own]
     if len(centroids) == 1:
         return own, np.full_like(own, -1), to_own, np.full_like(to_own, np.inf)
-    distances[rows, own] = np.inf
-    other = distances.argmin(1).astype(np.int32)
-    margins = np.where(vectors.any(axis=1), distances[rows, other] - to_own, np.float32(np.inf))
+    costs[rows, own] = np.inf
+    other = costs.argmin(1).astype(np.int32)
+    margins = np.where(vectors.any(axis=1), costs[rows, other] - least, np.float32(np.inf))
     return own, other, to_own, margins
 
 

@@ -16,9 +16,9 @@ from stages.clustering.assignment import (
     cluster_means,
     overlapping,
 )
+from stages.clustering.distances import Labels
 from stages.clustering.features import Floats
 from stages.clustering.fitting import TokenVectors, fit_clusters
-from stages.clustering.kmeans import Labels
 from stages.clustering.quality import balance, contrast, mutual_information, purity
 from stages.clustering.routing import routing_figures
 from stages.clustering.summary import summaries, top_terms
@@ -29,6 +29,7 @@ class Clustered:
     """Both splits with their clusters; `shared` are the second clusters of training documents, -1 for none.
 
     `centroids` are those of routing, in the space of token vectors; `given_centroids` lie where the user's vectors do.
+    `potentials` were taken off the distances to the fitted centroids when documents were assigned, if any were.
     """
 
     train: Assignment
@@ -36,6 +37,7 @@ class Clustered:
     shared: Labels
     centroids: Floats
     given_centroids: Floats | None
+    potentials: Floats | None
     inertia: float
     fit_sizes: Numbers
 
@@ -45,16 +47,20 @@ class Clustered:
         return self.centroids if self.given_centroids is None else self.given_centroids
 
 
-def cluster_documents(config: ClusterConfig, train: Documents, valid: Documents, sample: Numbers) -> Clustered:
-    """Clusters of all documents; k-means sees those training documents that `sample` numbers.
+def cluster_documents(
+    config: ClusterConfig, train: Documents, valid: Documents, sample: Numbers, device: str = "cpu"
+) -> Clustered:
+    """Clusters of all documents; k-means sees those training documents that `sample` numbers, on a `device` of torch.
 
     Raises InputFailure when there cannot be so many, or one is left without a training document.
     """
     if config.method == "random":
         return _by_name(config, train, valid, sample)
-    fit = fit_clusters(config, train.vectors(sample), train.lengths[sample])
+    fitted = fit_clusters(config, train.vectors(sample), train.lengths[sample], device)
+    fit, potentials = fitted.clustering, fitted.potentials
     assigned, held_out = (
-        assign(split.vectors, split.lengths, fit.centroids, config.workers) for split in (train, valid)
+        assign(split.vectors, split.lengths, fit.centroids, config.workers, potentials=potentials)
+        for split in (train, valid)
     )
     _refuse_empty(assigned.labels, config)
     given = config.vectors is not None
@@ -64,6 +70,7 @@ def cluster_documents(config: ClusterConfig, train: Documents, valid: Documents,
         shared=overlapping(assigned, config.overlap),
         centroids=_token_means(config, train, assigned.labels) if given else fit.centroids,
         given_centroids=fit.centroids if given else None,
+        potentials=potentials,
         inertia=fit.inertia,
         fit_sizes=np.bincount(fit.labels, minlength=config.clusters),
     )
@@ -84,6 +91,7 @@ def _by_name(config: ClusterConfig, train: Documents, valid: Documents, sample: 
         shared=overlapping(assigned, 0),
         centroids=centroids,
         given_centroids=None,
+        potentials=None,
         inertia=float(assigned.distances[sample].sum(dtype=np.float64)),
         fit_sizes=np.bincount(labels[0][sample], minlength=config.clusters),
     )

@@ -3,10 +3,12 @@
 - equal in tokens: documents enter k-means in proportion to their length. With as many documents each, but lengths that
   differ by domain, some experts would see their few tokens over and over and others would mix several domains
 - a document whose vector is zero tells nothing and is left out of the fit
+- potentials are fitted on the same draws: what is equal in the fit, tokens or documents, they keep equal afterwards
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from loguru import logger
@@ -24,6 +26,7 @@ from stages.clustering.features import (
     weighted_rows,
 )
 from stages.clustering.kmeans import Clustering, TooFewVectors, fit_kmeans
+from stages.clustering.potentials import fit_potentials
 from stages.clustering.tree import fit_tree
 
 DRAWS = 4096  # at least, in proportion to length: a document with such a share of the tokens is in the fit for certain
@@ -58,25 +61,35 @@ def fit_vectorizer(config: ClusterConfig, documents: Iterable[Tokens], vocabular
     return TokenVectors(fit_token_vectors(weighted, idf, config.dimensions, config.seed), weighted)
 
 
-def fit_clusters(config: ClusterConfig, vectors: Floats, lengths: NDArray[np.int64]) -> Clustering:
-    """k-means or a tree of it over the sample: its vectors [n, d] and tokens [n]. The labels are those of the draws.
+@dataclass(frozen=True)
+class Fit:
+    """Centroids and labels of the draws, and the potentials [k] to assign by when they are asked for."""
+
+    clustering: Clustering
+    potentials: Floats | None
+
+
+def fit_clusters(config: ClusterConfig, vectors: Floats, lengths: NDArray[np.int64], device: str = "cpu") -> Fit:
+    """k-means or a tree of it over the sample: its vectors [n, d] and tokens [n].
 
     Raises InputFailure when the documents cannot make so many clusters.
     """
     drawn = vectors[draw(config, vectors, lengths)]
-    rounds = {"restarts": config.restarts, "iterations": config.iterations, "seed": config.seed}
+    settings: dict[str, Any] = {
+        "restarts": config.restarts, "iterations": config.iterations, "seed": config.seed, "device": device,
+    }  # fmt: skip
     try:
         if config.tree:
-            fit = fit_tree(drawn, config.branches(), **rounds)
+            fit = fit_tree(drawn, config.branches(), **settings)
         else:
-            fit = fit_kmeans(drawn, config.clusters, balanced=config.method == "balanced", **rounds)
+            fit = fit_kmeans(drawn, config.clusters, balanced=config.method == "balanced", **settings)
     except TooFewVectors as error:
         raise InputFailure(
             f"{error}: documents are too much alike, or a few hold nearly all tokens; give fewer --clusters, "
             f"other text or --equal documents"
         ) from error
     logger.info("k-means ended after {} rounds with inertia {:.4g}", fit.iterations, fit.inertia)
-    return fit
+    return Fit(fit, fit_potentials(drawn, fit.centroids) if config.potentials else None)
 
 
 def draw(config: ClusterConfig, vectors: Floats, lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,25 +1,33 @@
 """k-means over document vectors, with clusters of equal size while it is fitted.
 
 - balanced: every cluster gets N // k or N // k + 1 of the N fitted documents, for any N and k. Equal sizes shape the
-  centroids only; later documents go to the nearest one, as in cBTM (Gururangan et al. 2023)
-- the bounded assignment is greedy by regret (who loses most by not getting its first choice goes first), then improved
-  by exchanges between pairs of clusters. Later rounds only exchange, so inertia never rises and the loop ends
-- the bounded assignment is not optimal, but within a few per mille of the exact one at a small part of its time
-- deterministic for a seed. Memory: documents x clusters in float32 beside the vectors
+  centroids; later documents go to the nearest one, as in cBTM (Gururangan et al. 2023), or stay even by
+  `stages.clustering.potentials`
+- a few documents are fitted all at once: `greedy`, then only exchanges, so inertia never rises and the loop ends
+- of more, all starts run on a sample of `SAMPLE` documents per cluster; the best goes on with all documents, which are
+  filled in by potentials and then exchanged, until a round gains less than `SETTLED`
+- deterministic for a seed. Only the matrix products of numpy's BLAS and, on another device, torch's choose an order
+- memory beside the vectors: 40 bytes a document; three tables of costs in float32, of the sample (1 KiB x k² each, from
+  32 clusters on) and then of 16 MiB at most; and the vectors of the sample
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import kmeans_plusplus
 
-Floats = NDArray[np.float32]
-Labels = NDArray[np.int32]
+from stages.clustering.capacity import exchange, exchange_all, fill, greedy
+from stages.clustering.distances import Labels, inertia, means, nearest, own_distances, squared_distances
+from stages.clustering.features import Floats
+from stages.clustering.potentials import fit_potentials
 
+SAMPLE = 256  # documents per cluster that the starts run on
+SMALLEST_SAMPLE = 1 << 13  # a start costs hardly anything with so few
+SMALL = 1 << 14  # as many are fitted at once
 SWEEPS = 2  # of exchanges in one round: the next round continues them, so more only cost time
-NOISE = 1e-6  # a gain below the rounding of float32 is none, or the exchanges would never end
+ROUGH = 0.02  # by which the potentials may miss equal sizes: the few too many are moved
+SETTLED = 3e-4  # of the inertia
+ROUNDING = 1e-5  # of the sum of squares: an inertia below it is rounding
 
 
 class TooFewVectors(ValueError):
@@ -37,38 +45,46 @@ class Clustering:
 
 
 def fit_kmeans(
-    vectors: Floats, clusters: int, *, balanced: bool, restarts: int, iterations: int, seed: int
+    vectors: Floats, clusters: int, *, balanced: bool, restarts: int, iterations: int, seed: int, device: str = "cpu"
 ) -> Clustering:
     """The best of `restarts` runs of k-means, each from its own k-means++ start.
 
+    At most `iterations` rounds in each run on the sample, and at most as many on all documents, which look for their
+    nearest centroids on the `device` of torch.
+
     Raises TooFewVectors when fewer of them differ than there are clusters, ValueError when a value is not finite.
     """
-    if not np.isfinite(vectors).all():
-        raise ValueError("the document vectors hold values that are not finite")
-    if clusters == 1 and len(vectors):
+    _check(vectors, clusters)
+    if clusters == 1:
         return _single(vectors)
-    distinct = len(np.unique(vectors, axis=0))
-    if distinct < clusters:
-        raise TooFewVectors(f"{distinct} different document vectors cannot make {clusters} clusters")
+    size = max(SAMPLE * clusters, SMALLEST_SAMPLE)
+    at_once = len(vectors) <= max(size, SMALL)
+    sample = vectors if at_once else _sample(vectors, size, seed)
     starts = np.random.SeedSequence(seed).generate_state(restarts)
-    runs = [_lloyd(vectors, clusters, balanced, iterations, int(start)) for start in starts]
-    return min(runs, key=lambda run: run.inertia)
+    runs = (_lloyd(sample, clusters, balanced, iterations, int(start)) for start in starts)
+    best = min(runs, key=lambda run: run.inertia)
+    return best if at_once else _on_all(vectors, best, sample, balanced, iterations, device)
 
 
-def nearest(vectors: Floats, centroids: Floats) -> Labels:
-    """The nearest centroid of each vector; the first of equals."""
-    return squared_distances(vectors, centroids).argmin(1).astype(np.int32)
+def _check(vectors: Floats, clusters: int) -> None:
+    for start in range(0, len(vectors), SMALLEST_SAMPLE):
+        if not np.isfinite(vectors[start : start + SMALLEST_SAMPLE]).all():
+            raise ValueError("the document vectors hold values that are not finite")
+    if (distinct := _distinct(vectors, clusters)) < clusters:
+        raise TooFewVectors(f"{distinct} different document vectors cannot make {clusters} clusters")
 
 
-def squared_distances(vectors: Floats, centroids: Floats) -> Floats:
-    """||x - c||² [..., k] of vectors [..., d] and centroids [k, d], never below zero."""
-    squares = (vectors**2).sum(-1, keepdims=True) + (centroids**2).sum(-1)
-    return np.maximum(squares - 2 * (vectors @ centroids.T), 0)
-
-
-def balanced_assignment(costs: Floats) -> Labels:
-    """Labels of N documents for costs [N, k] such that every cluster gets N // k or N // k + 1 of them."""
-    return _exchange(costs, _greedy(costs), sweeps=10)
+def _distinct(vectors: Floats, enough: int) -> int:
+    """Number of different vectors, or any number from `enough` on: the rest is not looked at then."""
+    factors = np.random.default_rng(0).integers(1, 1 << 63, vectors.shape[1], np.uint64)
+    seen = np.empty(0, np.uint64)
+    for start in range(0, len(vectors), SMALLEST_SAMPLE):
+        # A sum of bit patterns times random factors is a hash; sorting whole rows takes minutes where they are equal.
+        bits = (vectors[start : start + SMALLEST_SAMPLE].astype(np.float32) + 0).view(np.uint32)  # + 0: no -0
+        seen = np.union1d(seen, (bits * factors).sum(1, dtype=np.uint64))
+        if len(seen) >= enough:
+            break
+    return len(seen)
 
 
 def _single(vectors: Floats) -> Clustering:
@@ -77,7 +93,12 @@ def _single(vectors: Floats) -> Clustering:
     return Clustering(centroid, labels, inertia(vectors, centroid, labels), 1)
 
 
+def _sample(vectors: Floats, size: int, seed: int) -> Floats:
+    return vectors[np.sort(np.random.default_rng(seed).choice(len(vectors), size, replace=False))]
+
+
 def _lloyd(vectors: Floats, clusters: int, balanced: bool, iterations: int, seed: int) -> Clustering:
+    """A run with all vectors from a k-means++ start, until no label changes."""
     centroids, _ = kmeans_plusplus(vectors, clusters, random_state=seed)
     labels: Labels | None = None
     done = 0
@@ -85,9 +106,9 @@ def _lloyd(vectors: Floats, clusters: int, balanced: bool, iterations: int, seed
         done += 1
         costs = squared_distances(vectors, centroids)
         if balanced:
-            new = _exchange(costs, _greedy(costs) if labels is None else labels, SWEEPS)
+            new = exchange(costs, greedy(costs) if labels is None else labels, SWEEPS)
         else:
-            new = _without_empty(costs, costs.argmin(1).astype(np.int32))
+            new = _without_empty(vectors, centroids, costs.argmin(1).astype(np.int32))
         if labels is not None and np.array_equal(new, labels):
             break
         labels = new
@@ -96,97 +117,44 @@ def _lloyd(vectors: Floats, clusters: int, balanced: bool, iterations: int, seed
     return Clustering(centroids, labels, inertia(vectors, centroids, labels), done)
 
 
-def inertia(vectors: Floats, centroids: Floats, labels: Labels) -> float:
-    """Sum of the squared distances of vectors to the centroids of their labels, added up in float64."""
-    return float(((vectors - centroids[labels]) ** 2).sum(dtype=np.float64))
-
-
-def means(vectors: Floats, labels: Labels, clusters: int) -> Floats:
-    """The mean vector [k, d] of each cluster; zeros for an empty one."""
-    sums = np.stack([vectors[labels == cluster].sum(0, dtype=np.float64) for cluster in range(clusters)])
-    sizes = np.bincount(labels, minlength=clusters)
-    return (sums / np.maximum(sizes, 1)[:, None]).astype(np.float32)
-
-
-def _greedy(costs: Floats) -> Labels:
-    """All ask for their cheapest open cluster; a cluster asked by too many keeps those with the most to lose."""
-    documents, clusters = costs.shape
-    labels = np.full(documents, -1, np.int32)
-    room = np.full(clusters, documents // clusters)
-    waiting = np.arange(documents)
-    while len(open_clusters := np.flatnonzero(room)):
-        offers = costs[np.ix_(waiting, open_clusters)]
-        choice = offers.argmin(1)
-        two = np.partition(offers, 1, 1)[:, :2] if len(open_clusters) > 1 else np.repeat(offers, 2, 1)
-        by_regret = np.argsort(two[:, 0] - two[:, 1], kind="stable")
-        for position, cluster in enumerate(open_clusters):
-            taken = by_regret[choice[by_regret] == position][: room[cluster]]
-            labels[waiting[taken]] = cluster
-            room[cluster] -= len(taken)
-        waiting = waiting[labels[waiting] < 0]
-    if len(waiting):  # fewer than k are left over, one more for as many clusters: small enough to be exact
-        row, column = linear_sum_assignment(costs[waiting])
-        labels[waiting[row]] = column
-    return labels
-
-
-def _exchange(costs: Floats, labels: Labels, sweeps: int) -> Labels:
-    """Exchange documents between pairs of clusters while that is cheaper; sizes stay within one of each other."""
-    by_cluster = np.asfortranarray(costs)  # a column is one cluster's costs: contiguous, as it is read below
-    clusters = costs.shape[1]
-    members = [np.flatnonzero(labels == cluster) for cluster in range(clusters)]
-    for _ in range(sweeps):
-        changed = False
-        for a in range(clusters):
-            for b in range(a + 1, clusters):
-                changed |= _exchange_pair(by_cluster, members, a, b)
-        if not changed:
+def _on_all(
+    vectors: Floats, start: Clustering, sample: Floats, balanced: bool, iterations: int, device: str
+) -> Clustering:
+    """Go on with all documents until a round gains hardly anything; one that loses is not counted."""
+    clusters = len(start.centroids)
+    squares = float(np.einsum("nd,nd->n", vectors, vectors).sum(dtype=np.float64))
+    centroids, best, done = start.centroids, np.inf, 0
+    labels: Labels | None = None
+    while done < iterations:
+        done += 1
+        if not balanced:
+            new = _without_empty(vectors, centroids, nearest(vectors, centroids, device=device))
+        elif labels is None:
+            new = fill(vectors, centroids, fit_potentials(sample, centroids, ROUGH), device)
+        else:
+            new = exchange_all(vectors, centroids, labels)
+        moved = means(vectors, new, clusters)
+        # Steiner: the squares about the means are those about zero less those of the means.
+        sizes = np.bincount(new, minlength=clusters)
+        spread = squares - float(sizes @ (moved.astype(np.float64) ** 2).sum(1))
+        gain = best - spread
+        if gain > 0:
+            centroids, labels, best = moved, new, spread
+        if gain <= SETTLED * max(spread, ROUNDING * squares):
             break
-    labels = np.empty(len(costs), np.int32)
-    for cluster, documents in enumerate(members):
-        labels[documents] = cluster
-    return labels
+    assert labels is not None
+    return Clustering(centroids, labels, inertia(vectors, centroids, labels), start.iterations + done)
 
 
-def _exchange_pair(costs: Floats, members: list[NDArray[np.int64]], a: int, b: int) -> bool:
-    """Exchange the documents of a that gain most in b for those of b that gain most in a. True when any moved."""
-    gain_a, gain_b = (costs[members[x], x] - costs[members[x], y] for x, y in ((a, b), (b, a)))
-    # The smaller cluster has a vacancy, which gains nothing by moving and takes a place in the order like a document.
-    vacancy = len(members[a]) - len(members[b])
-    best_a, best_b = (
-        gain_a.max(initial=0 if vacancy < 0 else -np.inf),
-        gain_b.max(initial=0 if vacancy > 0 else -np.inf),
-    )
-    if best_a + best_b <= NOISE:
-        return False
-    first, gain_a = _candidates(gain_a, -best_b, vacancy < 0)
-    second, gain_b = _candidates(gain_b, -best_a, vacancy > 0)
-    pairs = min(len(first), len(second))
-    count = int((gain_a[:pairs] + gain_b[:pairs] > NOISE).sum())
-    out_a, out_b = (chosen[:count][chosen[:count] >= 0] for chosen in (first, second))
-    to_b, to_a = members[a][out_a], members[b][out_b]
-    members[a] = np.append(np.delete(members[a], out_a), to_a)
-    members[b] = np.append(np.delete(members[b], out_b), to_b)
-    return True
-
-
-def _candidates(gain: Floats, above: float, vacancy: bool) -> tuple[NDArray[np.int64], Floats]:
-    """Positions with a gain above the threshold, largest first, and their gains; -1 stands for the vacancy."""
-    positions = np.flatnonzero(gain > above)
-    gain = gain[positions]
-    if vacancy:
-        positions, gain = np.append(positions, -1), np.append(gain, np.float32(0))
-    order = np.argsort(-gain, kind="stable")
-    return positions[order], gain[order]
-
-
-def _without_empty(costs: Floats, labels: Labels) -> Labels:
+def _without_empty(vectors: Floats, centroids: Floats, labels: Labels) -> Labels:
     """Give each empty cluster the document that is farthest from its own, out of a cluster that has more."""
-    sizes = np.bincount(labels, minlength=costs.shape[1])
-    for cluster in np.flatnonzero(sizes == 0):
-        own = np.where(sizes[labels] > 1, costs[np.arange(len(labels)), labels], -1)
-        farthest = own.argmax()
-        sizes[labels[farthest]] -= 1
-        labels[farthest] = cluster
-        sizes[cluster] = 1
+    sizes = np.bincount(labels, minlength=len(centroids))
+    empty = np.flatnonzero(sizes == 0)
+    if len(empty):
+        far = own_distances(vectors, centroids, labels)
+        for cluster in empty:
+            farthest = np.where(sizes[labels] > 1, far, -1).argmax()
+            sizes[labels[farthest]] -= 1
+            labels[farthest] = cluster
+            sizes[cluster] = 1
     return labels

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from sklearn.manifold import smacof
 from sklearn.utils.extmath import svd_flip
 
+from stages.clustering.distances import Labels, squared_distances
 from stages.clustering.features import Floats
-from stages.clustering.kmeans import Labels, squared_distances
 
 SHARPNESS = 0.1  # temperature of the nearness, in mean squared distances of a document to its centroid
 LOOSENESS = 0.5  # of the deviations from the own centroid that are drawn

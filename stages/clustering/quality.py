@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+from stages.clustering.distances import Labels
 from stages.clustering.features import Floats
-from stages.clustering.kmeans import Labels
 
 
 def balance(sizes: Sequence[int] | NDArray[np.int64]) -> float:

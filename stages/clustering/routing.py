@@ -6,6 +6,8 @@
   with it does not carry over
 - causal: the vector at position t is made of the tokens before t; before the first token nothing is known and every
   cluster weighs the same, also with `top_k`
+- potentials play no part, also where documents were assigned by them: they say how crowded a cluster was among whole
+  documents, and a prefix asks which expert knows its text. So a document may be routed away from its own cluster
 - the state of a text is one un-normalised sum: `sum += token_vectors[token]`, then `cluster_weights(normalised(sum))`
 """
 
@@ -17,8 +19,8 @@ import numpy as np
 
 from schemas.cluster_documents import ClusterConfig
 from stages.clustering.assignment import Documents, Numbers, in_chunks
+from stages.clustering.distances import Labels, nearest, squared_distances
 from stages.clustering.features import Floats, Tokens, normalised
-from stages.clustering.kmeans import Labels, nearest, squared_distances
 
 
 def prefix_sums(tokens: Tokens, token_vectors: Floats, before: Floats | None = None) -> Floats:

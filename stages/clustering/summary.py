@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 from schemas.cluster_documents import ClusterConfig, ClusterSummary
 from stages.clustering.assignment import Assignment, Documents
+from stages.clustering.distances import Labels
 from stages.clustering.features import Floats
-from stages.clustering.kmeans import Labels
 
 TERMS = 10  # named per cluster
 CENTRAL = 3  # documents named per cluster

@@ -1,6 +1,7 @@
 """One number of clusters on trial: how even, how tight, how much alike from seed to seed.
 
-- everything is measured on the documents of the sample, each at its nearest centroid: it is to compare numbers
+- everything is measured on the documents of the sample, each at its nearest centroid (by potentials, if they are asked
+  for): it is to compare numbers
 - spread falls and purity rises with the number whatever the text; balance and stability tell where it stops to pay
 """
 
@@ -11,23 +12,29 @@ import numpy as np
 
 from schemas.cluster_documents import ClusterConfig, SweepRow
 from stages.clustering.assignment import Numbers
+from stages.clustering.distances import inertia, nearest
 from stages.clustering.features import Floats
 from stages.clustering.fitting import fit_clusters
-from stages.clustering.kmeans import inertia, nearest
 from stages.clustering.quality import balance, mutual_information, purity, stability
 
 SEEDS = 3  # fits of each number, from which its stability is told
 
 
 def try_clusters(
-    config: ClusterConfig, clusters: int, vectors: Floats, lengths: Numbers, sources: Sequence[str]
+    config: ClusterConfig,
+    clusters: int,
+    vectors: Floats,
+    lengths: Numbers,
+    sources: Sequence[str],
+    device: str = "cpu",
 ) -> SweepRow:
     """Fit `clusters` to the sample's vectors [n, d] from several seeds. Raises InputFailure as `fit_clusters` does."""
     settings = [{"clusters": clusters, "sweep": None, "seed": config.seed + number} for number in range(SEEDS)]
     started = time.perf_counter()
-    fits = [fit_clusters(config.model_copy(update=changed), vectors, lengths) for changed in settings]
+    fitted = [fit_clusters(config.model_copy(update=changed), vectors, lengths, device) for changed in settings]
     seconds = (time.perf_counter() - started) / SEEDS
-    labelings = [nearest(vectors, fit.centroids) for fit in fits]
+    fits = [found.clustering for found in fitted]
+    labelings = [nearest(vectors, found.clustering.centroids, found.potentials, device) for found in fitted]
     best = int(np.argmin([fit.inertia for fit in fits]))
     labels, several = labelings[best], len(set(sources)) > 1
     return SweepRow(

@@ -9,11 +9,14 @@ from math import prod
 
 import numpy as np
 
+from stages.clustering.distances import inertia, means
 from stages.clustering.features import Floats
-from stages.clustering.kmeans import Clustering, fit_kmeans, inertia, means
+from stages.clustering.kmeans import Clustering, fit_kmeans
 
 
-def fit_tree(vectors: Floats, branches: Sequence[int], restarts: int, iterations: int, seed: int) -> Clustering:
+def fit_tree(
+    vectors: Floats, branches: Sequence[int], restarts: int, iterations: int, seed: int, device: str = "cpu"
+) -> Clustering:
     """Centroids [leaves, d] and the leaf of each vector; `iterations` of the result are those of all fits together.
 
     Raises TooFewVectors when a node holds fewer different vectors than it has branches.
@@ -25,7 +28,13 @@ def fit_tree(vectors: Floats, branches: Sequence[int], restarts: int, iterations
         for node in range(prod(branches[:level])):
             members = np.flatnonzero(parents == node)
             fit = fit_kmeans(
-                vectors[members], count, balanced=True, restarts=restarts, iterations=iterations, seed=seed
+                vectors[members],
+                count,
+                balanced=True,
+                restarts=restarts,
+                iterations=iterations,
+                seed=seed,
+                device=device,
             )
             labels[members] = node * count + fit.labels
             rounds += fit.iterations

@@ -15,8 +15,8 @@ from schemas.failures import InputFailure, IntegrityFailure, StaleFailure, Usage
 from schemas.tokenize_text import SPLITS, TokenizeConfig, TokenizeManifest
 from stages import cluster_documents, tokenize_text
 from stages.artifacts.model_folder import read_tensors
+from stages.clustering.distances import means, nearest, squared_distances
 from stages.clustering.features import document_vectors
-from stages.clustering.kmeans import means, nearest, squared_distances
 from stages.data.token_store import TokenStore, read_table
 
 
@@ -298,6 +298,25 @@ def test_overlap_gives_the_documents_nearest_to_a_border_to_two(tokens_only):
     counts = np.bincount(table["second"][shared], minlength=3)
     assert [cluster.shared_documents for cluster in manifest.metrics.clusters] == counts.tolist()
     assert "second" not in read_table(tokens_only / "clusters/assignments-valid.arrow")
+
+
+@pytest.mark.parametrize("changed", [{}, {"tree": "3x1"}], ids=["flat", "tree"])
+def test_potentials_are_stored_and_decide_where_documents_go(tokens_only, changed):
+    config = ClusterConfig.from_mapping({"clusters": 3, "dimensions": 8, "potentials": True, **changed})
+    manifest = cluster_documents.run(config, tokens_only)
+    table, centroids = tensors_of(tokens_only)
+    potentials = read_tensors(tokens_only / "clusters/centroids.safetensors")["potentials"].numpy()
+    assert potentials.shape == (3,)
+    for split in SPLITS:
+        store = store_of(tokens_only, split)
+        vectors = document_vectors((store.tokens(number) for number in range(len(store))), table)
+        found = read_table(tokens_only / f"clusters/assignments-{split}.arrow")["cluster"].to_numpy()
+        np.testing.assert_array_equal(found, (squared_distances(vectors, centroids) - potentials).argmin(1))
+    assert manifest.metrics.train_token_balance < 1.1
+
+
+def test_without_potentials_none_are_stored(clustered_run):
+    assert set(read_tensors(clustered_run / "clusters/centroids.safetensors")) == {"centroids"}
 
 
 def test_without_overlap_no_document_has_a_second_cluster(clustered_run):

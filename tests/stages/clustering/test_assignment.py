@@ -15,7 +15,7 @@ from stages.clustering.assignment import (
     members,
     overlapping,
 )
-from stages.clustering.kmeans import means, nearest, squared_distances
+from stages.clustering.distances import means, nearest, squared_distances
 
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(500, 6)).astype(np.float32)
@@ -64,6 +64,21 @@ def test_labels_given_are_kept_and_measured(chunks):
     expected = ((VECTORS - CENTROIDS[labels]) ** 2).sum(1)
     np.testing.assert_allclose(found.distances, expected, rtol=1e-4)
     assert (found.second != labels).all()
+
+
+def test_potentials_are_taken_off_distances_but_not_told_as_distances(chunks):
+    potentials = np.linspace(-3, 3, 7).astype(np.float32)
+    found = assign(take, LENGTHS, CENTROIDS, 2, potentials=potentials)
+    distances = squared_distances(VECTORS, CENTROIDS)
+    costs = distances - potentials
+    order, ranked = costs.argsort(1), np.sort(costs, 1)
+    np.testing.assert_array_equal(found.labels, order[:, 0])
+    np.testing.assert_array_equal(found.labels, nearest(VECTORS, CENTROIDS, potentials))
+    assert (found.labels != distances.argmin(1)).any()
+    np.testing.assert_array_equal(found.second, order[:, 1])
+    np.testing.assert_allclose(found.distances, distances[np.arange(500), found.labels], rtol=1e-5)
+    known = VECTORS.any(1)
+    np.testing.assert_allclose(found.margins[known], (ranked[:, 1] - ranked[:, 0])[known], atol=1e-5)
 
 
 def test_a_single_cluster_has_no_second():

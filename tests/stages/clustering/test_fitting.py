@@ -5,6 +5,7 @@ import pytest
 
 from schemas.cluster_documents import ClusterConfig
 from schemas.failures import InputFailure
+from stages.clustering.distances import nearest
 from stages.clustering.fitting import choose_sample, draw, fit_clusters
 
 RNG = np.random.default_rng(0)
@@ -73,10 +74,35 @@ def test_a_giant_document_leaves_no_tokens_for_others_unless_documents_count():
     lengths[11] = 10**9
     message = refused(lambda: fit_clusters(ClusterConfig(clusters=3), VECTORS, lengths))
     assert "a few hold nearly all tokens; give fewer --clusters, other text or --equal documents" in message
-    fit = fit_clusters(ClusterConfig(clusters=3, equal="documents"), VECTORS, lengths)
+    fit = fit_clusters(ClusterConfig(clusters=3, equal="documents"), VECTORS, lengths).clustering
     assert np.bincount(fit.labels).tolist() == [20, 20, 20]
 
 
 def test_a_tree_is_fitted_where_one_is_asked_for():
-    fit = fit_clusters(ClusterConfig(tree="2x3", equal="documents"), VECTORS, LENGTHS)
+    fit = fit_clusters(ClusterConfig(tree="2x3", equal="documents"), VECTORS, LENGTHS).clustering
     assert np.bincount(fit.labels).tolist() == [10] * 6
+
+
+@pytest.mark.parametrize("changed", [{}, {"tree": "2x2"}])
+@pytest.mark.parametrize("equal", ["tokens", "documents"])
+def test_potentials_keep_documents_even_that_were_not_in_the_fit(equal, changed):
+    vectors, lengths = crowded(20_000, seed=0)
+    fresh, amounts = crowded(20_000, seed=1)
+    config = ClusterConfig.from_mapping({"clusters": 4, "equal": equal, "potentials": True, **changed})
+    fit = fit_clusters(config, vectors[:8000], lengths[:8000])
+    plain, priced = (
+        np.bincount(nearest(fresh, fit.clustering.centroids, by), amounts if equal == "tokens" else None, 4)
+        for by in (None, fit.potentials)
+    )
+    assert plain.max() > 1.15 * plain.mean()
+    assert priced.max() < 1.06 * priced.mean()
+    assert fit_clusters(config.model_copy(update={"potentials": False}), vectors, lengths).potentials is None
+
+
+def crowded(documents, seed):
+    """Half of the documents are about one topic, and four times as long."""
+    rng = np.random.default_rng(seed)
+    truth = np.where(rng.random(documents) < 0.5, 0, rng.integers(1, 6, documents))
+    topics = np.random.default_rng(9).normal(size=(6, 8))
+    vectors = topics[truth] + 0.7 * rng.normal(size=(documents, 8))
+    return vectors.astype(np.float32), np.where(truth == 0, 400, 100)

@@ -1,13 +1,14 @@
-"""k-means against sklearn's, and the bounded assignment against the exact one."""
+"""k-means against sklearn's, and with sizes that must be even; a few documents at once, many from a sample."""
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
-from stages.clustering.kmeans import TooFewVectors, balanced_assignment, fit_kmeans, means, nearest, squared_distances
+from stages.clustering.distances import inertia, means, nearest
+from stages.clustering.kmeans import TooFewVectors, fit_kmeans
 
 
 def blobs(sizes, seed=0, noise=0.1, width=6):
@@ -15,41 +16,6 @@ def blobs(sizes, seed=0, noise=0.1, width=6):
     centers = rng.normal(size=(len(sizes), width))
     truth = np.repeat(np.arange(len(sizes)), sizes)
     return (centers[truth] + noise * rng.normal(size=(len(truth), width))).astype(np.float32), truth
-
-
-def exact_cost(costs):
-    """The cheapest assignment with N // k or N // k + 1 rows a column: columns repeated, the spare places optional."""
-    documents, clusters = costs.shape
-    places = documents // clusters + 1
-    wide = np.repeat(costs, places, axis=1).astype(np.float64)
-    spare = np.full((clusters - documents % clusters, wide.shape[1]), 1e6)
-    spare[:, places - 1 :: places] = 0  # one place of a cluster at most may stay empty
-    full = np.vstack([wide, spare])
-    rows, columns = linear_sum_assignment(full)
-    return full[rows, columns].sum()
-
-
-def test_squared_distances_are_squared_once():
-    x, c = np.array([[3.0, 0.0]], np.float32), np.array([[0.0, 4.0], [3.0, 0.0]], np.float32)
-    np.testing.assert_allclose(squared_distances(x, c), [[25, 0]], atol=1e-5)
-
-
-@pytest.mark.parametrize(("documents", "clusters"), [(40, 4), (41, 4), (43, 4), (7, 7), (5, 7), (101, 10), (9, 1)])
-def test_every_cluster_gets_its_share_of_any_number(documents, clusters):
-    costs = np.random.default_rng(0).random((documents, clusters)).astype(np.float32)
-    costs[:, 0] *= 0.1  # everybody wants the first
-    labels = balanced_assignment(costs)
-    sizes = np.bincount(labels, minlength=clusters)
-    assert set(sizes) <= {documents // clusters, -(-documents // clusters)}
-
-
-@pytest.mark.parametrize(("documents", "clusters", "seed"), [(60, 3, 0), (100, 7, 1), (203, 8, 2), (300, 12, 3)])
-def test_assignment_is_within_one_percent_of_the_exact_one(documents, clusters, seed):
-    vectors, _ = blobs([documents], seed, noise=1)
-    costs = squared_distances(vectors, vectors[:clusters] * 1.5)
-    labels = balanced_assignment(costs)
-    assert exact_cost(costs) <= costs[np.arange(documents), labels].sum() * (1 + 1e-5)
-    assert costs[np.arange(documents), labels].sum() <= exact_cost(costs) * 1.01
 
 
 def test_separate_groups_of_equal_size_are_found():
@@ -126,5 +92,80 @@ def test_too_few_different_vectors_are_refused():
 
 def test_values_that_are_not_finite_are_refused():
     vectors = np.array([[0, 1], [np.nan, 0]], np.float32)
-    with pytest.raises(ValueError, match="not finite"):
-        fit_kmeans(vectors, 2, balanced=True, restarts=1, iterations=5, seed=0)
+    for documents in (vectors, np.repeat(vectors, 10_000, axis=0)):
+        with pytest.raises(ValueError, match="not finite"):
+            fit_kmeans(documents, 2, balanced=True, restarts=1, iterations=5, seed=0)
+
+
+def test_too_few_different_vectors_among_many_are_refused():
+    vectors = np.repeat(np.eye(3, dtype=np.float32), 10_000, axis=0)
+    vectors[5] *= -1  # -0 is 0: [-1, 0, 0] is the only new one
+    with pytest.raises(TooFewVectors, match="4 different document vectors cannot make 5 clusters"):
+        fit_kmeans(vectors, 5, balanced=True, restarts=1, iterations=5, seed=0)
+
+
+@pytest.fixture
+def small_sample(monkeypatch):
+    """As if 120 documents were many, and 30 a cluster enough to start on."""
+    monkeypatch.setattr("stages.clustering.kmeans.SAMPLE", 30)
+    monkeypatch.setattr("stages.clustering.kmeans.SMALLEST_SAMPLE", 120)
+    monkeypatch.setattr("stages.clustering.kmeans.SMALL", 120)
+
+
+@pytest.mark.parametrize(("documents", "clusters"), [(3000, 4), (3001, 7), (2999, 16)])
+def test_all_documents_are_even_after_starts_on_a_sample(documents, clusters, small_sample):
+    vectors, _ = blobs([documents // 2, documents - documents // 2 - 9, 9], noise=1)
+    fit = fit_kmeans(vectors, clusters, balanced=True, restarts=2, iterations=30, seed=0)
+    assert set(np.bincount(fit.labels)) <= {documents // clusters, documents // clusters + 1}
+    np.testing.assert_allclose(fit.centroids, means(vectors, fit.labels, clusters), rtol=1e-5, atol=1e-6)
+    assert fit.inertia == pytest.approx(inertia(vectors, fit.centroids, fit.labels))
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_starting_on_a_sample_costs_little(balanced, monkeypatch):
+    vectors, _ = blobs([900, 600, 300, 100, 60, 40], noise=0.8)
+    arguments = {"balanced": balanced, "restarts": 10, "iterations": 50, "seed": 0}
+    everything = fit_kmeans(vectors, 8, **arguments)
+    for name in ("SAMPLE", "SMALLEST_SAMPLE", "SMALL"):
+        monkeypatch.setattr(f"stages.clustering.kmeans.{name}", 100)
+    sampled = fit_kmeans(vectors, 8, **arguments)
+    assert sampled.labels.tobytes() != everything.labels.tobytes()
+    assert sampled.inertia <= everything.inertia * 1.03
+
+
+def test_equal_seeds_give_equal_bytes_on_a_sample_too(small_sample):
+    vectors, _ = blobs([2000], noise=1)
+    first, again = (fit_kmeans(vectors, 5, balanced=True, restarts=2, iterations=9, seed=1) for _ in range(2))
+    assert first.centroids.tobytes() == again.centroids.tobytes()
+    assert first.labels.tobytes() == again.labels.tobytes()
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_many_documents_are_fitted_on_a_device_of_torch(balanced, small_sample):
+    vectors, truth = blobs([500, 500, 500])
+    arguments = {"balanced": balanced, "restarts": 3, "iterations": 20, "seed": 0}
+    ours, torchs = (fit_kmeans(vectors, 3, device=device, **arguments) for device in ("cpu", "cpu:0"))
+    assert len(set(zip(torchs.labels, truth, strict=True))) == 3
+    np.testing.assert_array_equal(torchs.labels, ours.labels)
+
+
+def test_vectors_that_are_nearly_all_equal_are_even_too(small_sample):
+    vectors = np.append(np.zeros((5000, 3), np.float32), np.eye(3, dtype=np.float32), axis=0)
+    fit = fit_kmeans(vectors, 4, balanced=True, restarts=1, iterations=20, seed=0)
+    assert sorted(np.bincount(fit.labels)) == [1250, 1251, 1251, 1251]
+
+
+def test_no_cluster_of_many_stays_empty_without_balance(small_sample):
+    vectors = np.append(np.zeros((5000, 3), np.float32), np.eye(3, dtype=np.float32), axis=0)
+    fit = fit_kmeans(vectors, 4, balanced=False, restarts=1, iterations=20, seed=0)
+    assert np.bincount(fit.labels, minlength=4).min() >= 1
+
+
+def test_memory_does_not_grow_with_documents_times_clusters(small_sample, monkeypatch):
+    monkeypatch.setattr("stages.clustering.capacity.TABLE", 1 << 18)
+    vectors = np.random.default_rng(0).normal(size=(60_000, 2)).astype(np.float32)
+    tracemalloc.start()
+    fit_kmeans(vectors, 60, balanced=True, restarts=1, iterations=3, seed=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 60_000 * 60 * 4 / 2

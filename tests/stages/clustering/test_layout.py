@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stages.clustering.kmeans import means
+from stages.clustering.distances import means
 from stages.clustering.layout import map_places
 
 RNG = np.random.default_rng(0)

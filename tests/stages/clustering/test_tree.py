@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from stages.clustering.kmeans import TooFewVectors, means
+from stages.clustering.distances import means
+from stages.clustering.kmeans import TooFewVectors
 from stages.clustering.tree import fit_tree
 
 RNG = np.random.default_rng(0)
