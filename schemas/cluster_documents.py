@@ -133,6 +133,7 @@ class ClusterMetrics(Strict):
     train_balance: float = Field(ge=1, description="Of training documents.")
     train_token_balance: float = Field(ge=1, description="Of training tokens.")
     valid_balance: float = Field(ge=1, description="Of held-out documents.")
+    valid_token_balance: float | None = Field(None, ge=1, description="Of held-out tokens.")
     purity: float | None = Field(description="Share of training documents from their cluster's main source.")
     token_purity: float | None = Field(description="Share of training tokens from their cluster's main source.")
     nmi: float | None = Field(description="Normalised mutual information of cluster and source; null for one source.")

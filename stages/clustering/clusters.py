@@ -136,6 +136,7 @@ def measure(
         train_balance=balance([cluster.documents for cluster in clusters]),
         train_token_balance=balance([cluster.tokens for cluster in clusters]),
         valid_balance=balance([cluster.valid_documents for cluster in clusters]),
+        valid_token_balance=balance(np.bincount(clustered.valid.labels, valid.lengths, config.clusters)),
         purity=purity(labels, train.sources) if several else None,
         token_purity=purity(labels, train.sources, train.lengths) if several else None,
         nmi=mutual_information(labels, train.sources) if several else None,

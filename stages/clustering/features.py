@@ -6,12 +6,16 @@
   of cBTM decodes and vectorises the whole prefix again at every position)
 - it needs no words: any tokenizer, any language, code
 - for fitting, rows are normalised first, or the longest documents would choose the directions
-- memory: the counts of the sample, 8 bytes per distinct token of a document; then documents x dimensions in float32
+- applying it is an embedding bag of torch: nine times as fast as a sparse product of counts and table. One thread sums
+  a document, in the order of its tokens, so the number of threads changes no bit
+- memory: the counts of the sample, 8 bytes per distinct token of a document, three and a half times that while they
+  become tf-idf; then documents x dimensions in float32
 """
 
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.preprocessing import normalize
@@ -20,7 +24,7 @@ from sklearn.utils.extmath import randomized_svd
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.uint16] | NDArray[np.uint32] | NDArray[np.int64]
 
-BATCH_TOKENS = 1 << 22  # tokens counted at once: 48 MB of indices and ones
+BATCH_TOKENS = 1 << 22  # tokens summed at once: 16 MiB of indices
 
 
 def inverse_document_frequency(counts: sparse.csr_matrix) -> Floats:
@@ -54,9 +58,21 @@ def fit_token_vectors(weighted: sparse.csr_matrix, idf: Floats, dimensions: int,
 
 
 def document_vectors(documents: Iterable[Tokens], token_vectors: Floats) -> Floats:
-    """Unit vectors [documents, dimensions]; zeros for a document without a token that counts."""
-    parts = [counts @ token_vectors for counts in _count_batches(documents, len(token_vectors))]
-    return normalised(np.concatenate(parts)) if parts else np.zeros((0, token_vectors.shape[1]), np.float32)
+    """Unit vectors [documents, dimensions]; zeros for a document without a token that counts.
+
+    Raises IndexError for a token outside the vocabulary.
+    """
+    table = torch.from_numpy(token_vectors)
+    sums = [np.zeros((0, token_vectors.shape[1]), np.float32)]
+    for batch in _batches(documents):
+        tokens = np.concatenate(batch).astype(np.int32)
+        _check_range(tokens, len(token_vectors))
+        borders = np.cumsum([0, *map(len, batch)], dtype=np.int32)
+        bags = torch.nn.functional.embedding_bag(
+            torch.from_numpy(tokens), table, torch.from_numpy(borders), mode="sum", include_last_offset=True
+        )
+        sums.append(bags.numpy())
+    return normalised(np.concatenate(sums))
 
 
 def normalised(sums: Floats) -> Floats:
@@ -67,28 +83,30 @@ def normalised(sums: Floats) -> Floats:
 
 def count_tokens(documents: Iterable[Tokens], vocabulary: int) -> sparse.csr_matrix:
     """Counts [documents, vocabulary] in float32. Raises IndexError for a token outside the vocabulary."""
-    parts = list(_count_batches(documents, vocabulary))
-    return sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix((0, vocabulary), dtype=np.float32)
+    kinds, numbers, borders = [np.empty(0, np.int32)], [np.empty(0, np.float32)], [0]
+    for tokens in documents:
+        found, often = np.unique(tokens, return_counts=True)
+        kinds.append(found.astype(np.int32))
+        numbers.append(often.astype(np.float32))
+        borders.append(borders[-1] + len(found))
+    indices = np.concatenate(kinds)
+    _check_range(indices, vocabulary)
+    return sparse.csr_matrix((np.concatenate(numbers), indices, borders), (len(borders) - 1, vocabulary))
 
 
-def _count_batches(documents: Iterable[Tokens], vocabulary: int) -> Iterator[sparse.csr_matrix]:
+def _batches(documents: Iterable[Tokens]) -> Iterator[list[Tokens]]:
     batch: list[Tokens] = []
     size = 0
     for tokens in documents:
         batch.append(tokens)
         size += len(tokens)
         if size >= BATCH_TOKENS:
-            yield _counts(batch, vocabulary)
+            yield batch
             batch, size = [], 0
     if batch:
-        yield _counts(batch, vocabulary)
+        yield batch
 
 
-def _counts(documents: list[Tokens], vocabulary: int) -> sparse.csr_matrix:
-    indices = np.concatenate(documents).astype(np.int32)
-    if len(indices) and (indices.max() >= vocabulary or indices.min() < 0):
-        raise IndexError(f"token {indices.max()} is outside the vocabulary of {vocabulary}")
-    borders = np.cumsum([0, *map(len, documents)])
-    counts = sparse.csr_matrix((np.ones(len(indices), np.float32), indices, borders), (len(documents), vocabulary))
-    counts.sum_duplicates()
-    return counts
+def _check_range(tokens: NDArray[np.int32], vocabulary: int) -> None:
+    if len(tokens) and (tokens.max() >= vocabulary or tokens.min() < 0):
+        raise IndexError(f"token {tokens.max()} is outside the vocabulary of {vocabulary}")

@@ -16,7 +16,7 @@ from stages.clustering.distances import Labels
 from stages.clustering.features import Floats
 
 
-def balance(sizes: Sequence[int] | NDArray[np.int64]) -> float:
+def balance(sizes: Sequence[int] | NDArray[np.int64] | NDArray[np.float64]) -> float:
     """Largest cluster over the mean: 1 is even, k is all in one. 1 when all are empty."""
     largest, mean = np.max(sizes), np.mean(sizes)
     return float(largest / mean) if mean else 1.0

@@ -39,6 +39,11 @@ def test_the_leaves_of_a_tree_are_the_clusters():
         ({"method": "random", "vectors": "v.npy"}, "--vectors needs distances, and --method random goes by"),
         ({"method": "random", "sweep": "2"}, "--sweep needs distances, and --method random goes by"),
         ({"clusters": 1, "overlap": 0.1}, "--overlap needs a second cluster"),
+        (
+            {"potentials": True, "method": "random"},
+            "--potentials keep clusters of equal size equal, and --method random",
+        ),
+        ({"potentials": True, "method": "unbalanced"}, "equal, and --method unbalanced makes none"),
         ({"overlap": 1.5}, "`overlap`: input should be less than or equal to 1, found 1.5"),
     ],
 )
@@ -57,6 +62,7 @@ def test_a_sweep_is_the_same_whatever_it_does_not_look_at():
     sweep = config(sweep="4,8").key_settings()
     assert config(sweep="4,8", clusters=5, overlap=0.2, temperature=1.0, materialise=True).key_settings() == sweep
     assert config(sweep="4,8", seed=1).key_settings() != sweep
+    assert config(sweep="4,8", potentials=True).key_settings() != sweep
     assert config(clusters=5).key_settings() != config().key_settings()
 
 

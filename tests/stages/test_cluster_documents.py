@@ -310,7 +310,7 @@ def test_potentials_are_stored_and_decide_where_documents_go(tokens_only, change
     for split in SPLITS:
         store = store_of(tokens_only, split)
         vectors = document_vectors((store.tokens(number) for number in range(len(store))), table)
-        found = read_table(tokens_only / f"clusters/assignments-{split}.arrow")["cluster"].to_numpy()
+        found = read_table(tokens_only / f"clusters/assignments-{split}.arrow")["cluster"]
         np.testing.assert_array_equal(found, (squared_distances(vectors, centroids) - potentials).argmin(1))
     assert manifest.metrics.train_token_balance < 1.1
 

@@ -30,11 +30,20 @@ def table_of(docs, dimensions=8, vocabulary=VOCABULARY):
     return fit_token_vectors(weighted_rows(counts, idf), idf, dimensions, seed=0)
 
 
-def test_counts_equal_bincount_across_batches(monkeypatch):
-    monkeypatch.setattr("stages.clustering.features.BATCH_TOKENS", 100)
+def test_counts_equal_bincount():
     docs = [*documents(20), np.array([], np.uint16)]
     expected = [np.bincount(tokens, minlength=VOCABULARY) for tokens in docs]
     np.testing.assert_array_equal(count_tokens(docs, VOCABULARY).toarray(), expected)
+
+
+def test_vectors_are_normalised_sums_of_token_rows_across_batches(monkeypatch):
+    docs = [*documents(20), np.array([], np.uint16), np.arange(9, dtype=np.uint32)]
+    table = np.random.default_rng(0).normal(size=(VOCABULARY, 5)).astype(np.float32)
+    expected = normalised(np.stack([table[tokens].sum(0) for tokens in docs]))
+    whole = document_vectors(docs, table)
+    np.testing.assert_allclose(whole, expected, atol=1e-5)
+    monkeypatch.setattr("stages.clustering.features.BATCH_TOKENS", 100)
+    assert document_vectors(iter(docs), table).tobytes() == whole.tobytes()
 
 
 def test_token_of_every_document_weighs_nothing_and_rarer_weighs_more():
@@ -91,6 +100,8 @@ def test_no_documents_give_no_vectors():
 def test_token_outside_the_vocabulary_is_refused():
     with pytest.raises(IndexError, match=r"token 9 .* vocabulary of 4"):
         count_tokens([np.array([1, 9])], 4)
+    with pytest.raises(IndexError, match=r"token 9 .* vocabulary of 4"):
+        document_vectors([np.array([1, 9])], np.ones((4, 2), np.float32))
 
 
 def test_normalised_keeps_float32_and_zero_rows():
