@@ -122,21 +122,31 @@ def _released(vectors: Floats, centroids: Floats, potentials: Floats, labels: La
 def _sweep(costs: Floats, members: list[Rows], fixed: bool) -> bool:
     """Let each pair of clusters exchange once, but for those that have nothing to gain. True when any did."""
     gains = _largest_gains(costs, members)
+    sizes = np.array([0 if fixed else len(documents) for documents in members])
     any_did = False
     for a in range(len(members)):
-        for b in range(a + 1, len(members)):
-            gain_a, gain_b, vacancy = gains[a, b], gains[b, a], len(members[a]) - len(members[b])
-            if vacancy and not fixed:
-                gain_a, gain_b = (max(gain_a, 0), gain_b) if vacancy < 0 else (gain_a, max(gain_b, 0))
-            if gain_a + gain_b <= NOISE:
-                continue
-            for cluster, came in zip((a, b), _exchange_pair(costs, members, a, b, fixed), strict=True):
-                if len(came):
+        b = a
+        while (b := _next_partner(gains, sizes, a, b + 1)) < len(members):
+            came = _exchange_pair(costs, members, a, b, fixed)
+            for cluster, documents in zip((a, b), came, strict=True):
+                if len(documents):
                     any_did = True
                     # Those who left are not taken out: what stands there is the largest gain or above it.
-                    own = costs[came]
+                    own = costs[documents]
                     np.maximum(gains[cluster], (own[:, [cluster]] - own).max(0), out=gains[cluster])
+            if not fixed:
+                sizes[[a, b]] = len(members[a]), len(members[b])
     return any_did
+
+
+def _next_partner(gains: Floats, sizes: Rows, a: int, start: int) -> int:
+    """The first cluster from `start` on with which an exchange may gain anything, or the number of clusters."""
+    to_others, from_others, others = gains[a, start:], gains[start:, a], sizes[start:]
+    # A vacancy gains nothing by moving: see _exchange_pair.
+    to_others = np.where(sizes[a] < others, np.maximum(to_others, 0), to_others)
+    from_others = np.where(others < sizes[a], np.maximum(from_others, 0), from_others)
+    promising = to_others + from_others > NOISE
+    return start + int(promising.argmax()) if promising.any() else len(gains)
 
 
 def _largest_gains(costs: Floats, members: list[Rows]) -> Floats:

@@ -312,6 +312,9 @@ def test_potentials_are_stored_and_decide_where_documents_go(tokens_only, change
         vectors = document_vectors((store.tokens(number) for number in range(len(store))), table)
         found = read_table(tokens_only / f"clusters/assignments-{split}.arrow")["cluster"]
         np.testing.assert_array_equal(found, (squared_distances(vectors, centroids) - potentials).argmin(1))
+        tokens = np.bincount(found, store.lengths, 3)
+        told = {"train": manifest.metrics.train_token_balance, "valid": manifest.metrics.valid_token_balance}[split]
+        assert told == pytest.approx(tokens.max() / tokens.mean())
     assert manifest.metrics.train_token_balance < 1.1
 
 
