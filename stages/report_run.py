@@ -5,6 +5,7 @@
   the run now is said at the top
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,14 @@ def _settings(manifest: Manifest) -> list[tuple[str, str, bool]]:
         defaults: Mapping[str, Any] = dict(_flat(type(manifest.config)().model_dump(mode="json")))
     except ValidationError:  # some have no default
         defaults = now
-    return [(name, str(value), value != defaults.get(name, value)) for name, value in now.items()]
+    return [(name, _as_set(value), value != defaults.get(name, value)) for name, value in now.items()]
+
+
+def _as_set(value: Any) -> str:
+    """A setting as `cpipe.toml` would have it, but for quotation marks."""
+    if value is None:
+        return "not set"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

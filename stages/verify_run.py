@@ -49,7 +49,7 @@ def _read_manifests(run_dir: Path, folders: list[str]) -> tuple[dict[str, Manife
         try:
             manifests[folder] = read_manifest(run_dir, folder)
         except (IntegrityFailure, OSError) as error:
-            more = "" if "cpipe" in str(error) else "; rerun its stage with --force"
+            more = "" if "rerun" in str(error) else "; rerun its stage with --force"
             refused[folder] = Problem(path=f"{folder}/{FILE_NAME}", fault="manifest", message=f"{error}{more}")
     return manifests, refused
 
