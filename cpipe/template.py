@@ -46,6 +46,8 @@ def _setting(leaf: Leaf) -> Iterator[str]:
     yield from textwrap.wrap(f"{leaf.field.description}{mark}", WIDTH, initial_indent="# ", subsequent_indent="#   ")
     words = _choices(leaf.field.annotation)
     choices = f"  # of {', '.join(words)}" if words else ""
+    if words and len(set(leaf.default or ())) == len(words):
+        choices = ""  # all of them stand there already
     if leaf.default is None:  # TOML has no word for it
         yield f"# {leaf.name}: not set ({'one of ' + ', '.join(words) if words else _kind(leaf.field.annotation)})"
     else:

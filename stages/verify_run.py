@@ -22,6 +22,7 @@ from schemas.verify_run import CheckedFolder, Fault, Problem, VerifyConfig
 from schemas.version import VERSION
 
 UNLISTED = ("metrics.jsonl", *DERIVED)  # what stages and reports leave beside the outputs
+LOGS = ("tensorboard", "wandb")  # curves of a training
 LEFTOVERS = ("checkpoints", "parts", "shares")  # of work that was cut short: `cpipe clean` removes them
 
 
@@ -126,7 +127,7 @@ def _extra(run_dir: Path, folder: str, manifest: Manifest, folders: list[str]) -
         inner[:] = sorted(
             name
             for name in inner
-            if f"{place}/{name}" not in others and not name.startswith(".") and name not in LEFTOVERS
+            if f"{place}/{name}" not in others and not name.startswith(".") and name not in (*LOGS, *LEFTOVERS)
         )
         for name in sorted(files):
             if name.startswith(".") or name in (FILE_NAME, *UNLISTED) or f"{place}/{name}" in listed:

@@ -160,7 +160,10 @@ def test_a_word_the_command_line_does_not_know_is_usage(cpipe, tmp_path, words, 
     ("words", "told"),
     [
         (["train-seed", "--steps", "0"], "`training.steps`: input should be greater than 0, found 0"),
-        (["train-gates", "--modes", "both"], "`modes.0`: input should be 'independent' or 'joint', found 'both'"),
+        (
+            ["train-gates", "--modes", "both"],
+            "`modes.0`: input should be 'independent', 'joint', 'contrastive' or 'mean-activation', found 'both'",
+        ),
         (["train-seed", "--num-attention-heads", "3"], "hidden_size 256 is not divisible by num_attention_heads 3"),
         (["compose", "--name", "tokens"], "`central-<word>`"),
         (["cluster", "--settings", "none.toml"], "no settings file none.toml"),

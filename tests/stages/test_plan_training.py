@@ -37,8 +37,9 @@ def planned(config, evaluated_run):
 
 
 def test_every_training_of_the_run_is_planned_and_no_other(planned, evaluated_run):
+    modes = ("independent", "joint", "contrastive")
     compositions = ["central-alone", "central", "central-calm", "central-control"]
-    assert list(planned) == ["seed", "experts", "dense", "gates independent", "gates joint", *compositions]
+    assert list(planned) == ["seed", "experts", "dense", *(f"gates {mode}" for mode in modes), *compositions]
     assert (planned["experts"].count, planned["gates independent"].count, planned["gates joint"].count) == (3, 3, 1)
 
 
