@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from schemas.failures import UsageFailure
-from schemas.launch import launched_as
+from schemas.launch import launched_as, meeting_point
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ def join_processes(place: Place) -> None:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch does not list it
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         return
+    host, port = meeting_point()
+    os.environ.setdefault("MASTER_ADDR", host)
+    os.environ.setdefault("MASTER_PORT", str(port))
     os.environ.setdefault("RANK", str(place.rank))
     os.environ.setdefault("WORLD_SIZE", str(place.world))
     os.environ.setdefault("LOCAL_RANK", str(place.local))
