@@ -47,6 +47,7 @@ def build_app(asked: str | None = None) -> typer.Typer:
     app.command("generate", help=GENERATE_HELP)(generate)
     app.command("run")(run)
     app.command("plan")(plan)
+    app.command("slurm")(slurm)
     app.command("status")(status)
     app.command("demo")(demo)
     add_commands(app)
@@ -201,6 +202,31 @@ def _is_finished(stage: Stage, run: Path) -> bool:
     return (run / stage.manifest.folder / FILE_NAME).is_file()
 
 
+def slurm(
+    run: Run,
+    inputs: Inputs = None,
+    until: Until = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit the jobs that are missing.")] = False,
+    settings: SettingsFile = None,
+    force: ForceStale = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the pipeline as jobs of Slurm into RUN/slurm, with the resources of [slurm] in RUN/cpipe.toml.
+
+    With --submit also submit what is neither finished nor in the queue, each job after those it needs.
+    """
+    from cpipe.console import session
+    from cpipe.show import show_jobs
+    from cpipe.submission import submission
+
+    with session(run, "slurm"):
+        config = submission(run, inputs or [], until, settings, submit=submit)
+        from stages.submit_jobs import run as submit_jobs
+
+        rows = submit_jobs(config, run, force=force)
+    show_jobs(rows, run, as_json=as_json)
+
+
 def plan(
     run: Run,
     processes: Annotated[int, typer.Option(help="Devices that train together.")] = 1,
@@ -230,13 +256,14 @@ def status(
     from cpipe.console import session
     from cpipe.show import show_status
     from cpipe.watch import watch_status
+    from stages.submit_jobs import job_rows
 
     with session(run, "status", log=False):
         stages = [(stage.command, stage.manifest) for stage in STAGES]
         if watch:
             watch_status(run, stages, PIPELINE)
         else:
-            show_status(run, stages, as_json=as_json)
+            show_status(run, stages, job_rows(run), as_json=as_json)
 
 
 def demo(

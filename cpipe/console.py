@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loguru import Message
 
 ERRORS = Console(stderr=True)
-BEGINNERS = ("collect", "tokenize", "run", "demo", "init")  # commands that may make the run's folder
+BEGINNERS = ("collect", "tokenize", "run", "slurm", "demo", "init")  # commands that may make the run's folder
 LOG_FORMAT = "{time:HH:mm:ss} {level: <7} {message}"
 
 

@@ -56,7 +56,7 @@ EXCHANGE = (
 )
 BY_COMMAND = {stage.command: stage for stage in (*STAGES, *EXCHANGE)}
 PIPELINE = tuple(stage.command for stage in STAGES if stage.command != "collect")
-TABLES = (*BY_COMMAND, "generate")  # what cpipe.toml may hold
+TABLES = (*BY_COMMAND, "generate", "slurm")  # what cpipe.toml may hold
 
 
 def part_of_pipeline(start: str | None, until: str | None) -> tuple[str, ...]:

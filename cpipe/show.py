@@ -17,6 +17,7 @@ from schemas.manifest import FILE_NAME, Environment, Manifest
 from schemas.report_run import DERIVED
 from schemas.run_manifests import read_manifest
 from schemas.strict import Strict
+from schemas.submit_jobs import JobRow
 from schemas.verify_run import CheckedFolder
 
 if TYPE_CHECKING:
@@ -77,13 +78,18 @@ def show_evaluation(manifest: Manifest, run_dir: Path) -> None:
         OUT.print(str(run_dir / ref.path), soft_wrap=True, highlight=False)
 
 
-def show_status(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]], *, as_json: bool) -> None:
-    """Which stages are finished, when, and how long they took. Reads only manifests."""
+def show_status(
+    run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]], jobs: Sequence[JobRow] = (), *, as_json: bool
+) -> None:
+    """Which stages are finished, when, and how long they took: reads only manifests. And the jobs given."""
     found = run_state(run_dir, stages)
     if as_json:
-        print(json.dumps({"run": str(run_dir), "stages": found}, indent=2))
+        states = {"jobs": [job.model_dump() for job in jobs]} if jobs else {}
+        print(json.dumps({"run": str(run_dir), "stages": found, **states}, indent=2))
         return
     OUT.print(status_table(run_dir, found))
+    if jobs:
+        _print_jobs(jobs)
 
 
 def status_table(run_dir: Path, found: Sequence[Mapping[str, Any]]) -> Table:
@@ -114,6 +120,26 @@ def run_state(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]]) -> li
 
 def _is_begun(folder: Path) -> bool:
     return folder.is_dir() and any(path.name not in DERIVED for path in folder.iterdir())
+
+
+def show_jobs(jobs: Sequence[JobRow], run_dir: Path, *, as_json: bool) -> None:
+    """What became of each job, and how to submit those that were not."""
+    if as_json:
+        print(json.dumps([job.model_dump() for job in jobs], indent=2))
+        return
+    _print_jobs(jobs)
+    OUT.print(f"scripts and logs in {run_dir / 'slurm'}", soft_wrap=True, highlight=False)
+    if any(job.state == "to submit" for job in jobs):
+        OUT.print("submit them with the same command and --submit", highlight=False)
+
+
+def _print_jobs(jobs: Sequence[JobRow]) -> None:
+    table = Table(title="jobs", title_justify="left")
+    for name in ("job", "tasks", "number", "state"):
+        table.add_column(name)
+    for job in jobs:
+        table.add_row(job.job, cell(job.tasks), "–" if job.number is None else str(job.number), job.state)
+    OUT.print(table)
 
 
 def _finished(command: str, path: Path, environment: Environment) -> dict[str, Any]:

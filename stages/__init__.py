@@ -9,6 +9,7 @@
     compose_model      seed, experts, gates         -> the central concept model, bridged (CALM)
     evaluate_models    everything so far            -> bits per byte, table and plot
     generate_text      any of the models            -> text
+    submit_jobs        all of the settings          -> the pipeline as jobs of Slurm
 
 A stage is `run(config, run_dir, …) -> Manifest`. Stages never import each other: they meet only through manifests.
 Parts never import each other either: a stage file is the only place where parts meet.

@@ -15,7 +15,7 @@ from schemas.generate_text import GenerateConfig
 HEAVY = ("torch", "deepspeed", "pyarrow", "polars", "tokenizers", "sklearn", "numpy", "safetensors", "matplotlib")
 COMMANDS = [
     "collect", "tokenize", "cluster", "train-seed", "train-experts", "train-gates", "compose", "evaluate", "import",
-    "export", "generate", "run", "plan", "status", "demo", "init", "verify", "clean", "schema",
+    "export", "generate", "run", "plan", "slurm", "status", "demo", "init", "verify", "clean", "schema",
     "report",
 ]  # fmt: skip
 SHARED = {"settings", "force", "as_json"}
@@ -77,6 +77,7 @@ def test_the_flags_of_a_stage_are_the_settings_of_its_config(name):
     ("name", "flags"),
     [
         ("run", {"run", "inputs", "--from", "--until", "--settings", "--force", "--dry-run", "--json"}),
+        ("slurm", {"run", "inputs", "--until", "--submit", "--settings", "--force", "--json"}),
         ("status", {"run", "--json", "--watch"}),
         ("demo", {"run", "--force"}),
         ("init", {"run"}),

@@ -26,7 +26,7 @@ def begun(piped_run, tmp_path):
 
 def test_the_pipeline_is_every_stage_but_the_demos_collector():
     assert [stage.command for stage in STAGES if stage.command != "collect"] == list(PIPELINE)
-    assert set(TABLES) == {*BY_COMMAND, "generate"}
+    assert set(TABLES) == {*BY_COMMAND, "generate", "slurm"}
 
 
 def test_a_run_makes_every_stage_and_every_composition(piped_run):

@@ -1,0 +1,1 @@
+"""Job scripts and the Slurm commands that take them."""

@@ -1,0 +1,100 @@
+"""Slurm's own commands: sbatch, squeue, sacct, scancel.
+
+- called with lists of arguments, never through a shell, and with a time limit: a controller may be down
+- inside a job, Slurm's variables say what that job was given: they are kept from the jobs submitted there
+- many sites keep no accounts, so sacct is asked only for what squeue has forgotten, and may fail
+"""
+
+import os
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from schemas.failures import ResourceFailure, UsageFailure
+from schemas.submit_jobs import JobRecord
+
+PATIENCE = 30.0  # seconds
+OVER = {
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
+    "REVOKED",
+}  # fmt: skip
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def submit(script: Path, folder: Path, log: str, waits_for: Sequence[str], array: str | None) -> int:
+    """Submit `script`; its log goes to `log`, a pattern of Slurm's, in `folder`. Returns its number.
+
+    Raises UsageFailure when sbatch refuses it.
+    """
+    words = ["sbatch", "--parsable", f"--chdir={folder}", f"--output={log}"]
+    if waits_for:
+        words.append(f"--dependency=afterok:{':'.join(waits_for)}")
+    if array:
+        words.append(f"--array={array}")
+    done = _call([*words, str(script)])
+    number = done.stdout.strip().split(";")[0]  # the name of the cluster may follow
+    if done.returncode or not number.isdecimal():
+        raise UsageFailure(f"sbatch refused {script}: {_last_line(done.stderr or done.stdout)}: change [slurm]")
+    return int(number)
+
+
+def cancel(keys: Iterable[str]) -> None:
+    """Take jobs out of the queue; those that are over are let be."""
+    _call(["scancel", "--quiet", *keys])
+
+
+def states(records: Sequence[JobRecord]) -> dict[str, str]:
+    """Slurm's word for the state of each job or task that it still knows of, by the keys of the records.
+
+    Raises ResourceFailure when the queue cannot be asked.
+    """
+    if not records:
+        return {}
+    words = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%j"]
+    done = _call(words)
+    if done.returncode:
+        raise ResourceFailure(f"cannot ask Slurm for its queue: {_last_line(done.stderr)}: try again later")
+    wanted = {key: record.name for record in records for key in record.listed_as()}
+    found = _read(done.stdout, wanted)
+    if missing := [key for key in wanted if key not in found]:
+        found |= _accounted(missing, wanted)
+    return found
+
+
+def _accounted(keys: Sequence[str], wanted: Mapping[str, str]) -> dict[str, str]:
+    words = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,JobName%130"]
+    try:
+        done = _call([*words, f"--jobs={','.join(keys)}"])
+    except (UsageFailure, ResourceFailure):
+        return {}
+    return {} if done.returncode else _read(done.stdout, wanted)
+
+
+def _read(lines: str, wanted: Mapping[str, str]) -> dict[str, str]:
+    """States by key, of the jobs that have the name expected: numbers are used again."""
+    found = {}
+    for line in lines.splitlines():
+        key, _, rest = line.partition("|")
+        state, _, name = rest.partition("|")
+        if wanted.get(key) == name:
+            found[key] = state.split()[0] if state.split() else "UNKNOWN"  # sacct says who cancelled
+    return found
+
+
+def _call(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not (name.startswith("SLURM_") or name in LAUNCHERS)
+    }
+    try:
+        return subprocess.run(words, env=kept, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
+    except FileNotFoundError as error:
+        raise UsageFailure(f"there is no `{words[0]}` here: run this where jobs are submitted") from error
+    except subprocess.TimeoutExpired as error:
+        raise ResourceFailure(f"{words[0]} did not answer within {PATIENCE:.0f} s: try again later") from error
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else "without a word"

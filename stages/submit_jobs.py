@@ -1,0 +1,255 @@
+"""Make the pipeline jobs of Slurm: scripts in `slurm/` of a run, submitted with what each has to wait for.
+
+- how many tasks an array has is known from the settings: clusters and shards are counted before any stage has run
+- finished is what has a manifest with these settings; what is in the queue already is left there, and waited for
+- a job that waits for one that has to be submitted anew would wait in vain: it is taken out of the queue, and submitted
+  anew itself
+- no manifest: jobs are no result, and where they stand is Slurm's to say
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+from loguru import logger
+from pydantic import ValidationError
+
+from schemas.cluster_documents import ClusterConfig
+from schemas.failures import Failure, IntegrityFailure, UsageFailure
+from schemas.files import write_bytes
+from schemas.manifest import FILE_NAME
+from schemas.strict import Config, explain
+from schemas.submit_jobs import FOLDER, RECORD, Command, JobRecord, JobRow, JobsRecord, SubmitConfig
+from schemas.tokenize_text import ShareManifest, TokenizeConfig, TokenizeManifest
+from schemas.train_experts import ExpertsConfig, ExpertsManifest
+from stages.artifacts.progress import Todo, find_todo
+from stages.artifacts.stage_folder import turn_by_turn
+from stages.scheduling import queue
+from stages.scheduling.scripts import TASK, Job, Shell, array, job_name, ranges, render
+
+AFTER: dict[Command, tuple[str, ...]] = {
+    "tokenize": (),
+    "cluster": ("tokenize",),
+    "train-seed": ("tokenize",),
+    "train-experts": ("cluster", "train-seed"),
+    "train-gates": ("train-experts",),
+    "compose": ("train-gates",),
+    "evaluate": ("compose",),
+}  # the last job of a stage has the stage's name
+
+
+def run(config: SubmitConfig, run_dir: Path, *, force: bool = False) -> list[JobRow]:
+    """Write the scripts of all stages in `config` and, asked to, submit what is missing. Returns what became of each.
+
+    force: also repeat stages that are finished with other settings or inputs; else they raise StaleFailure
+    """
+    with turn_by_turn(run_dir, FOLDER):
+        todo = find_todo(_compared(config, run_dir), AFTER, run_dir, force=force)
+        jobs = list(_jobs(config, run_dir, todo))
+        _write_scripts(jobs, config, run_dir)
+        missing = {job.name: _missing(job, todo, run_dir) for job in jobs}
+        if config.submit:
+            return _submit(jobs, missing, config, run_dir)
+        return [_row(job, missing[job.name], None, "to submit") for job in jobs]
+
+
+def _compared(config: SubmitConfig, run_dir: Path) -> dict[Command, tuple[Config, ...]]:
+    """The stages whose settings count: tokens are taken as they are where no text is named."""
+    stages = dict(config.stages)
+    texts = config.inputs or cast(TokenizeConfig, stages["tokenize"][-1]).inputs
+    if not texts:
+        if not (run_dir / TokenizeManifest.folder / FILE_NAME).is_file():
+            raise UsageFailure(f"{run_dir} has no tokens, and no text to make them of is given: name the files")
+        del stages["tokenize"]
+    return stages
+
+
+def _jobs(config: SubmitConfig, run_dir: Path, todo: Todo) -> Iterator[Job]:
+    """The pipeline, in an order in which each can name those before it."""
+    slurm, stages = config.slurm, config.stages
+    settings = ("--settings", config.settings_file) if config.settings_file else ()
+    texts = tuple(map(_as_path, config.inputs))
+
+    def words(command: str, *more: str) -> tuple[str, ...]:
+        return command, _as_path(str(run_dir)), *more, *settings
+
+    for command in stages:
+        after, force = AFTER[command], command in todo.forced
+        if command == "tokenize" and slurm.shards > 1 and not force:
+            share = Shell(f"{TASK}/{slurm.shards}")
+            parts = words(command, *texts, "--shard", share)
+            tasks = tuple(range(1, slurm.shards + 1))
+            yield Job("tokenize-shards", parts, slurm.resolved(slurm.tokenize), tasks=tasks)
+            merging = words(command, *texts, "--merge")
+            yield Job(command, merging, slurm.resolved(slurm.join), after=("tokenize-shards",))
+        elif command == "tokenize":
+            yield Job(command, words(command, *texts), slurm.resolved(slurm.tokenize), force=force)
+        elif command == "train-experts":
+            tasks = tuple(range(cast(ClusterConfig, stages["cluster"][-1]).clusters))
+            each, experts = words(command, "--expert", TASK), slurm.resolved(slurm.train_experts)
+            yield Job("experts", each, experts, after, tasks, trains=True, force=force)
+            if cast(ExpertsConfig, stages[command][-1]).dense:
+                dense = slurm.resolved(slurm.train_experts, slurm.train_dense)
+                alone = words(command, "--expert", "dense")
+                yield Job("dense", alone, dense, after, trains=True, force=force)
+            yield Job(command, words(command), slurm.resolved(slurm.join), after=("experts", "dense"))
+        else:
+            own = getattr(slurm, command.replace("-", "_"))
+            trains = command in ("train-seed", "train-gates", "compose")
+            yield Job(command, words(command), slurm.resolved(own), after, trains=trains, force=force)
+
+
+def _as_path(text: str) -> str:
+    """What begins with a dash would be taken for a flag."""
+    if text == "-":
+        raise UsageFailure("a job has no standard input: give files")
+    return f"./{text}" if text.startswith("-") else text
+
+
+def _write_scripts(jobs: Sequence[Job], config: SubmitConfig, run_dir: Path) -> None:
+    slurm = config.slurm
+    for job in jobs:
+        name = job_name(job.name, run_dir)
+        text = render(job, name, config.program, Path.cwd(), slurm.warn_seconds, slurm.requeues)
+        write_bytes(_script(job, run_dir), text.encode(errors="surrogateescape"), run_dir)
+    (run_dir / FOLDER / "logs").mkdir(exist_ok=True)
+
+
+def _script(job: Job, run_dir: Path) -> Path:
+    return run_dir / FOLDER / f"{job.name}.sh"
+
+
+def _missing(job: Job, todo: Todo, run_dir: Path) -> list[int | None]:
+    """The tasks of an array that have still to be done, by number; None stands for a job that is no array."""
+    command = job.words[0]
+    if command not in todo.stages:
+        return []
+    tasks: list[int | None] = [*job.tasks] or [None]
+    if command in todo.again:
+        return tasks
+    return [task for task in tasks if not _is_done(job, task, run_dir)]
+
+
+def _is_done(job: Job, task: int | None, run_dir: Path) -> bool:
+    """Whether a member of an unfinished stage is finished."""
+    folders = {
+        "tokenize-shards": f"{ShareManifest.folder}/{task or 0:03d}-of-{len(job.tasks):03d}",
+        "experts": f"{ExpertsManifest.folder}/{task or 0:03d}",
+        "dense": "dense",
+    }
+    return job.name in folders and (run_dir / folders[job.name] / FILE_NAME).is_file()
+
+
+def _submit(
+    jobs: Sequence[Job], missing: dict[str, list[int | None]], config: SubmitConfig, run_dir: Path
+) -> list[JobRow]:
+    """Submit what is neither finished nor in the queue; the record is written after each."""
+    records = list(_read_record(run_dir))
+    known = queue.states(records)
+    waits: dict[str, list[str]] = {}  # by job: what Slurm is to wait for
+    anew: set[str] = set()
+    rows = []
+    for job in jobs:
+        if not missing[job.name]:
+            rows.append(_row(job, (), None, "finished"))
+            continue
+        command = job.command(config.program)
+        mine = [record for record in records if record.job == job.name]
+        active = _active(mine, known, command)
+        if anew.intersection(job.after) and (vain := {t: key for t, key in active.items() if known[key] == "PENDING"}):
+            queue.cancel(vain.values())
+            active = {task: key for task, key in active.items() if task not in vain}
+        waits[job.name] = list(active.values())
+        rows += [_row(job, [task], int(key.split("_")[0]), known[key]) for task, key in active.items()]
+        if left := [task for task in missing[job.name] if task not in active]:
+            number = _sbatch(job, left, [key for name in job.after for key in waits.get(name, ())], run_dir)
+            records = [r for r in records if r not in mine or set(r.listed_as()) & set(active.values())]
+            tasks = tuple(task for task in left if task is not None)
+            records.append(_record(job, number, tasks, command, run_dir))
+            _write_record(records, run_dir)
+            logger.info("{} is job {}", job.name, number)
+            waits[job.name].append(str(number))
+            anew.add(job.name)
+            rows.append(_row(job, left, number, "submitted"))
+    return rows
+
+
+def _active(mine: Sequence[JobRecord], known: dict[str, str], command: str) -> dict[int | None, str]:
+    """The tasks of a job (None: the job itself) that are in the queue or run, and their keys.
+
+    Raises UsageFailure where they do something else than is asked for now.
+    """
+    found = {}
+    for record in mine:
+        for task, key in zip(record.tasks or (None,), record.listed_as(), strict=True):
+            if known.get(key, "COMPLETED") not in queue.OVER:
+                if record.command != command:
+                    raise UsageFailure(
+                        f"job {key} ({record.job}) is {known[key].lower()} and runs `{record.command}`, not "
+                        f"`{command}`: `scancel {record.number}` first, or wait for it"
+                    )
+                found[task] = key
+    return found
+
+
+def _sbatch(job: Job, tasks: Sequence[int | None], waits_for: Sequence[str], run_dir: Path) -> int:
+    numbers = [task for task in tasks if task is not None]
+    log = f"logs/{job.name}-{'%A_%a' if numbers else '%j'}.log"  # relative to the folder, as paths may hold a %
+    folder = (run_dir / FOLDER).absolute()
+    listed = array(numbers, job.resources.at_once) if numbers else None
+    return queue.submit(_script(job, run_dir).absolute(), folder, log, waits_for, listed)
+
+
+def _record(job: Job, number: int, tasks: tuple[int, ...], command: str, run_dir: Path) -> JobRecord:
+    return JobRecord(
+        job=job.name,
+        number=number,
+        name=job_name(job.name, run_dir),
+        tasks=tasks,
+        command=command,
+        submitted=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _row(job: Job, tasks: Sequence[int | None], number: int | None, state: str) -> JobRow:
+    numbers = [task for task in tasks if task is not None]
+    return JobRow(job=job.name, tasks=ranges(numbers), number=number, state=state if tasks else "finished")
+
+
+def _read_record(run_dir: Path) -> tuple[JobRecord, ...]:
+    path = run_dir / FOLDER / RECORD
+    if not path.exists():
+        return ()
+    try:
+        return JobsRecord.from_json(path.read_bytes()).jobs
+    except (ValidationError, IntegrityFailure) as error:
+        why = explain(error, str(path)) if isinstance(error, ValidationError) else f"{path}: {error}"
+        raise IntegrityFailure(f"{why}: remove it when none of the run's jobs are in the queue") from error
+
+
+def _write_record(records: Sequence[JobRecord], run_dir: Path) -> None:
+    content = JobsRecord(schema_id="cpipe.slurm/1", jobs=tuple(records)).model_dump_json(by_alias=True, indent=2)
+    write_bytes(run_dir / FOLDER / RECORD, content.encode() + b"\n", run_dir)
+
+
+def job_rows(run_dir: Path) -> list[JobRow]:
+    """Where the submitted jobs stand; none where there is no Slurm to ask."""
+    records = _read_record(run_dir)
+    if not records or not shutil.which("squeue"):
+        return []
+    try:
+        known = queue.states(records)
+    except Failure as failure:
+        logger.debug("{}", failure)
+        return []
+    rows = []
+    for record in records:
+        by_state: dict[str, list[int]] = {}
+        for task, key in zip(record.tasks or (None,), record.listed_as(), strict=True):
+            tasks = by_state.setdefault(known.get(key, "over").lower(), [])
+            tasks += [] if task is None else [task]
+        for state, tasks in by_state.items():
+            rows.append(JobRow(job=record.job, tasks=ranges(tasks), number=record.number, state=state))
+    return rows
