@@ -1,0 +1,433 @@
+"""With a Slurm of a few lines: which words sbatch is given, what waits for what, what is left alone.
+
+A real one is in test_slurm_cluster.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cpipe.pipeline import PIPELINE
+from schemas.cluster_documents import ClusterConfig
+from schemas.compose_model import ComposeConfig
+from schemas.evaluate_models import EvaluateConfig
+from schemas.failures import IntegrityFailure, ResourceFailure, StaleFailure, UsageFailure
+from schemas.submit_jobs import SlurmConfig, SubmitConfig
+from schemas.tokenize_text import TokenizeConfig
+from schemas.train_experts import ExpertsConfig
+from schemas.train_gates import GatesConfig
+from schemas.train_seed import SeedConfig
+from stages.submit_jobs import AFTER, job_rows, run
+
+# Notes its words and its environment; sbatch counts, the others answer what they were told to.
+COMMAND = """#!{python}
+import json, os, sys
+folder, name = os.path.split(sys.argv[0])
+with open(folder + "/calls.jsonl", "a") as file:
+    file.write(json.dumps([name, sys.argv[1:], dict(os.environ)]) + "\\n")
+if os.path.exists(folder + "/" + name + ".reply"):
+    code, _, text = open(folder + "/" + name + ".reply").read().partition("\\n")
+    (sys.stderr if int(code) else sys.stdout).write(text)
+    sys.exit(int(code))
+if name == "sbatch":
+    print(100 + sum(json.loads(line)[0] == name for line in open(folder + "/calls.jsonl")), end=";cluster\\n")
+if name == "srun":
+    os.execvp(sys.argv[-1], sys.argv[-1:]) if sys.argv[-1].endswith("-inner") else None
+"""
+JOBS = [
+    "tokenize-shards", "tokenize", "cluster", "train-seed", "experts", "dense", "train-experts", "train-gates",
+    "compose", "evaluate",
+]  # fmt: skip
+
+
+class FakeSlurm:
+    """Slurm's commands on PATH."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("sbatch", "squeue", "scancel", "sacct", "srun", "scontrol"):
+            (folder / name).write_text(COMMAND.format(python=sys.executable))
+            (folder / name).chmod(0o755)
+
+    def says(self, name, text, code=0):
+        (self.folder / f"{name}.reply").write_text(f"{code}\n{text}")
+
+    def queue(self, run_dir, **states):
+        """What squeue lists: states by job's key, as `_104_2="RUNNING"`, of the jobs in the run's record."""
+        names = {key: record["name"] for record in recorded(run_dir) for key in keys(record)}
+        self.says("squeue", "".join(f"{key[1:]}|{state}|{names[key[1:]]}\n" for key, state in states.items()))
+
+    def calls(self, name):
+        path = self.folder / "calls.jsonl"
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [(words, environment) for called, words, environment in found if called == name]
+
+    def submitted(self, since=0):
+        """By job: its number, what it waits for, its tasks."""
+        found = {}
+        for number, (words, _) in list(enumerate(self.calls("sbatch"), 101))[since:]:
+            options = dict(word.removeprefix("--").split("=", 1) for word in words[:-1] if "=" in word)
+            waits = options.get("dependency", "").removeprefix("afterok:")
+            found[Path(words[-1]).stem] = (number, [w for w in waits.split(":") if w], options.get("array"))
+        return found
+
+
+def recorded(run_dir):
+    return json.loads((run_dir / "slurm/jobs.json").read_bytes())["jobs"]
+
+
+def keys(record):
+    return [f"{record['number']}_{task}" for task in record["tasks"]] or [str(record["number"])]
+
+
+def states(rows):
+    return {row.job: row.state for row in rows}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return FakeSlurm(folder)
+
+
+@pytest.fixture
+def config(tiny_corpus, shape, training):
+    """Makes a config that agrees with the runs of the session; `[slurm]` as TOML."""
+
+    def make(until="evaluate", slurm="", submit=True, clusters=3, compose=({},), inputs=(str(tiny_corpus),), **changes):
+        stages = {
+            "tokenize": (TokenizeConfig(vocab_size=320, valid_fraction=0.15),),
+            "cluster": (ClusterConfig(clusters=clusters, dimensions=8),),
+            "train-seed": (SeedConfig(model=shape, training=training),),
+            "train-experts": (ExpertsConfig(training=training, dense=changes.pop("dense", True)),),
+            "train-gates": (GatesConfig(),),
+            "compose": tuple(ComposeConfig(**table) for table in compose),
+            "evaluate": (EvaluateConfig(),),
+        }
+        given = {command: stages[command] for command in PIPELINE[: PIPELINE.index(until) + 1]}
+        given |= {command.replace("_", "-"): (change,) for command, change in changes.items()}
+        table = SlurmConfig.from_mapping(tomllib.loads(slurm))
+        return SubmitConfig(program=("cpipe",), inputs=inputs, stages=given, slurm=table, submit=submit)
+
+    return make
+
+
+def test_the_stages_are_those_of_the_pipeline(config):
+    assert tuple(config().stages) == PIPELINE == tuple(AFTER)
+
+
+def test_each_job_waits_for_those_it_needs(slurm, config, tmp_path):
+    rows = run(config(slurm="shards = 4"), tmp_path / "run")
+    found = slurm.submitted()
+    assert list(found) == JOBS == [row.job for row in rows]
+    number = {job: str(found[job][0]) for job in found}
+    assert [row.number for row in rows] == [found[job][0] for job in JOBS]
+    waits = {job: after for job, (_, after, _) in found.items()}
+    assert waits == {
+        "tokenize-shards": [],
+        "tokenize": [number["tokenize-shards"]],
+        "cluster": [number["tokenize"]],
+        "train-seed": [number["tokenize"]],
+        "experts": [number["cluster"], number["train-seed"]],
+        "dense": [number["cluster"], number["train-seed"]],
+        "train-experts": [number["experts"], number["dense"]],
+        "train-gates": [number["train-experts"]],
+        "compose": [number["train-gates"]],
+        "evaluate": [number["compose"]],
+    }
+    arrays = {job: tasks for job, (_, _, tasks) in found.items() if tasks}
+    assert arrays == {"tokenize-shards": "1-4", "experts": "0-2"}
+
+
+def test_until_a_stage_no_dense_one_shard(slurm, config, tmp_path):
+    run(config(until="train-experts", dense=False), tmp_path / "run")
+    assert list(slurm.submitted()) == ["tokenize", "cluster", "train-seed", "experts", "train-experts"]
+
+
+def test_without_submit_scripts_are_written_and_nothing_is_called(slurm, config, tmp_path):
+    rows = run(config(submit=False), tmp_path / "run")
+    assert set(states(rows).values()) == {"to submit"}
+    assert not (slurm.folder / "calls.jsonl").exists() and not (tmp_path / "run/slurm/jobs.json").exists()
+    written = {path.stem for path in (tmp_path / "run/slurm").glob("*.sh")}
+    assert written == {job for job in JOBS if job != "tokenize-shards"}
+    for path in (tmp_path / "run/slurm").glob("*.sh"):
+        subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_what_is_in_the_queue_is_left_there(slurm, config, tmp_path):
+    run_dir = tmp_path / "run"
+    run(config(), run_dir)
+    jobs = {f"_{key}": "PENDING" for record in recorded(run_dir) for key in keys(record)}
+    slurm.queue(run_dir, **jobs)
+    before = recorded(run_dir)
+    rows = run(config(), run_dir)
+    assert len(slurm.calls("sbatch")) == 9 and not slurm.calls("scancel")
+    assert recorded(run_dir) == before
+    assert {row.state for row in rows} == {"PENDING"}
+
+
+def test_a_cancelled_chain_is_submitted_again_from_where_it_broke(slurm, config, tmp_path):
+    run_dir = tmp_path / "run"
+    run(config(), run_dir)
+    first = slurm.submitted()
+    seed, cluster = first["train-seed"][0], first["cluster"][0]
+    slurm.queue(run_dir, **{f"_{seed}": "CANCELLED", f"_{cluster}": "RUNNING", "_101": "RUNNING"})
+    rows = run(config(), run_dir)
+    again = slurm.submitted(since=9)
+    assert list(again) == ["train-seed", "experts", "dense", "train-experts", "train-gates", "compose", "evaluate"]
+    assert again["train-seed"][1] == ["101"]
+    assert again["experts"][1] == [str(cluster), str(again["train-seed"][0])]
+    assert states(rows)["cluster"] == "RUNNING" and states(rows)["train-seed"] == "submitted"
+    assert [record["number"] for record in recorded(run_dir)] == [101, cluster, *range(110, 117)]
+
+
+def test_of_an_array_only_what_is_missing_is_submitted_and_waited_for(slurm, config, expert_run, copied_run):
+    run_dir = copied_run(expert_run)
+    for path in ("experts", "experts/001", "experts/002"):
+        (run_dir / path / "manifest.json").unlink()
+    run(config(until="train-experts"), run_dir)
+    assert slurm.submitted() == {"experts": (101, [], "1-2"), "train-experts": (102, ["101"], None)}
+    slurm.queue(run_dir, _101_1="FAILED", _101_2="RUNNING", _102="PENDING")
+    run(config(until="train-experts", slurm="[train-experts]\nat_once = 2"), run_dir)
+    again = slurm.submitted(since=2)
+    assert again == {"experts": (103, [], "1%2"), "train-experts": (104, ["101_2", "103"], None)}
+    assert [words for words, _ in slurm.calls("scancel")] == [["--quiet", "102"]]  # it would have waited for ever
+    assert [record["number"] for record in recorded(run_dir)] == [101, 103, 104]
+
+
+def test_a_job_that_waits_in_vain_is_replaced_and_a_running_one_is_not(slurm, config, tmp_path):
+    run_dir = tmp_path / "run"
+    run(config(until="train-seed"), run_dir)
+    slurm.queue(run_dir, _101="FAILED", _102="RUNNING", _103="PENDING")
+    run(config(until="train-seed"), run_dir)
+    assert [words for words, _ in slurm.calls("scancel")] == [["--quiet", "103"]]
+    assert slurm.submitted(since=3) == {"tokenize": (104, [], None), "train-seed": (105, ["104"], None)}
+
+
+def test_finished_stages_are_not_submitted(slurm, config, expert_run, copied_run):
+    run_dir = copied_run(expert_run)
+    rows = run(config(until="train-gates"), run_dir)
+    assert slurm.submitted() == {"train-gates": (101, [], None)}
+    assert states(rows) == {
+        "tokenize": "finished", "cluster": "finished", "train-seed": "finished", "experts": "finished",
+        "dense": "finished", "train-experts": "finished", "train-gates": "submitted",
+    }  # fmt: skip
+    assert set(states(run(config(until="train-experts"), run_dir)).values()) == {"finished"}
+
+
+def test_finished_shards_are_not_submitted(slurm, config, tmp_path):
+    run_dir = tmp_path / "run"
+    (run_dir / "tokens/shares/002-of-003").mkdir(parents=True)
+    (run_dir / "tokens/shares/002-of-003/manifest.json").write_text("{}")
+    run(config(until="tokenize", slurm="shards = 3"), run_dir)
+    assert slurm.submitted()["tokenize-shards"][2] == "1,3"
+
+
+def test_what_comes_after_a_missing_stage_is_submitted_too(slurm, config, expert_run, copied_run):
+    run_dir = copied_run(expert_run)
+    (run_dir / "seed/manifest.json").unlink()
+    run(config(until="train-experts"), run_dir)
+    assert list(slurm.submitted()) == ["train-seed", "experts", "dense", "train-experts"]
+    assert slurm.submitted()["experts"] == (102, ["101"], "0-2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"clusters": 6}, "clusters is finished, but clusters was 3 and is now 6: give --force"),
+        ({"tokenize": TokenizeConfig(vocab_size=400)}, "tokens is finished, but valid_fraction was 0.15 and is now 0.02"),
+        ({"dense": False}, "experts is finished, but dense was true and is now false"),
+    ],
+)  # fmt: skip
+def test_a_stage_finished_otherwise_is_refused_by_name(slurm, config, expert_run, changes, told):
+    with pytest.raises(StaleFailure, match=told):
+        run(config(**changes), expert_run)
+    assert not slurm.calls("sbatch")
+
+
+def test_an_expert_finished_otherwise_is_refused_by_name(slurm, config, expert_run, copied_run, training):
+    run_dir = copied_run(expert_run)
+    (run_dir / "experts/manifest.json").unlink()
+    other = ExpertsConfig(training=training.model_copy(update={"steps": 9}))
+    with pytest.raises(StaleFailure, match="dense is finished, but training.steps was 8 and is now 9"):
+        run(config(train_experts=other), run_dir)
+
+
+def test_a_stage_made_of_other_inputs_is_refused_by_name(slurm, config, expert_run, copied_run):
+    run_dir = copied_run(expert_run)
+    path = run_dir / "seed/manifest.json"
+    path.write_text(path.read_text().replace('"parameters": ', '"parameters": 1'))
+    with pytest.raises(StaleFailure, match="dense is finished, but its input seed has changed"):
+        run(config(), run_dir)
+
+
+def test_force_repeats_what_is_stale_and_what_follows(slurm, config, expert_run, copied_run, shape, training):
+    run_dir = copied_run(expert_run)
+    other = SeedConfig(model=shape, training=training.model_copy(update={"steps": 9}))
+    run(config(until="train-experts", train_seed=other, submit=False), run_dir, force=True)
+    forced = {path.stem for path in (run_dir / "slurm").glob("*.sh") if "--force" in path.read_text()}
+    assert forced == {"train-seed", "experts", "dense"}
+    run(config(until="train-experts", train_seed=other), run_dir, force=True)
+    assert list(slurm.submitted()) == ["train-seed", "experts", "dense", "train-experts"]
+
+
+def test_tokens_are_taken_as_they_are_where_no_text_is_named(slurm, config, clustered_run, copied_run, tmp_path):
+    other = TokenizeConfig(vocab_size=400)
+    rows = run(config(until="cluster", inputs=(), tokenize=other), copied_run(clustered_run))
+    assert set(states(rows).values()) == {"finished"}
+    with pytest.raises(UsageFailure, match="no tokens, and no text .* is given: name the files"):
+        run(config(inputs=()), tmp_path / "empty")
+
+
+def test_standard_input_is_no_text_for_a_job(slurm, config, tmp_path):
+    with pytest.raises(UsageFailure, match="a job has no standard input: give files"):
+        run(config(inputs=("-",)), tmp_path / "run")
+
+
+def test_a_job_that_does_something_else_is_not_taken_for_ours(slurm, config, tmp_path):
+    run_dir = tmp_path / "run"
+    run(config(until="tokenize", slurm="shards = 3"), run_dir)
+    slurm.queue(run_dir, _101_1="RUNNING")
+    with pytest.raises(
+        UsageFailure, match=r"job 101_1 \(tokenize-shards\) is running and runs .*: `scancel 101` first"
+    ):
+        run(config(until="tokenize", slurm="shards = 4"), run_dir)
+
+
+def test_a_number_used_again_by_another_job_is_not_ours(slurm, config, tmp_path):
+    run_dir = tmp_path / "run"
+    run(config(until="tokenize"), run_dir)
+    slurm.says("squeue", "101|RUNNING|something-else\n")
+    run(config(until="tokenize"), run_dir)
+    assert len(slurm.calls("sbatch")) == 2
+
+
+def test_what_squeue_has_forgotten_sacct_may_know(slurm, config, tmp_path):
+    run_dir = tmp_path / "run"
+    run(config(until="cluster"), run_dir)
+    slurm.queue(run_dir, _102="PENDING")
+    slurm.says("sacct", "101|CANCELLED by 0|cpipe-tokenize-run\n")
+    assert [(row.job, row.number, row.state) for row in job_rows(run_dir)] == [
+        ("tokenize", 101, "cancelled"),
+        ("cluster", 102, "pending"),
+    ]
+    slurm.says("sacct", "Slurm accounting storage is disabled\n", code=1)
+    assert [row.state for row in job_rows(run_dir)] == ["over", "pending"]
+
+
+def test_states_of_an_array_are_gathered(slurm, config, tmp_path):
+    run_dir = tmp_path / "run"
+    run(config(until="tokenize", slurm="shards = 5"), run_dir)
+    slurm.queue(run_dir, _101_1="COMPLETED", _101_2="RUNNING", _101_3="RUNNING", _101_5="RUNNING", _101_4="PENDING")
+    rows = [(row.tasks, row.state) for row in job_rows(run_dir) if row.job == "tokenize-shards"]
+    assert rows == [("1", "completed"), ("2-3,5", "running"), ("4", "pending")]
+
+
+def test_without_slurm_status_is_silent_and_submitting_is_one_line(config, tmp_path, monkeypatch, slurm):
+    run_dir = tmp_path / "run"
+    run(config(), run_dir)
+    slurm.says("squeue", "slurm_load_jobs error: Unable to contact slurm controller\n", code=1)
+    assert job_rows(run_dir) == []
+    with pytest.raises(
+        ResourceFailure, match="cannot ask Slurm for its queue: .*Unable to contact .*: try again later"
+    ):
+        run(config(), run_dir)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert job_rows(run_dir) == []
+    with pytest.raises(UsageFailure, match="there is no `sbatch` here: run this where jobs are submitted"):
+        run(config(), tmp_path / "other")
+
+
+def test_when_sbatch_refuses_a_job_those_before_it_are_on_record(slurm, config, tmp_path):
+    run_dir = tmp_path / "run"
+    run(config(until="tokenize"), run_dir)
+    slurm.queue(run_dir, _101="PENDING")
+    slurm.says("sbatch", "sbatch: error: x\nsbatch: error: invalid partition specified: gpu\n", code=1)
+    with pytest.raises(UsageFailure, match=r"sbatch refused .*cluster\.sh: sbatch: error: invalid partition .*gpu"):
+        run(config(), run_dir)
+    assert [record["job"] for record in recorded(run_dir)] == ["tokenize"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"schema": "cpipe.slurm/2"}', '{"schema": "cpipe.slurm/1", "jobs": [{}]}']
+)
+def test_a_record_that_is_none_is_one_line(slurm, config, tmp_path, content):
+    (tmp_path / "run/slurm").mkdir(parents=True)
+    (tmp_path / "run/slurm/jobs.json").write_text(content)
+    with pytest.raises(IntegrityFailure, match=r"jobs\.json: .*: remove it when none") as failed:
+        run(config(), tmp_path / "run")
+    assert "\n" not in str(failed.value)
+
+
+def test_inside_a_job_its_variables_are_not_handed_on(slurm, config, tmp_path, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    run(config(until="tokenize"), tmp_path / "run")
+    ((_, environment),) = slurm.calls("sbatch")
+    assert {name for name in environment if name.startswith("SLURM_")} == {"SLURM_CONF"}
+    assert not {"RANK", "MASTER_ADDR"} & set(environment)
+
+
+HOSTILE = [
+    "a b", "it's", 'say "x"', "$(touch owned)", "`touch owned`", "line\nbreak; touch owned", "-x", "%j%%", "back\\slash",
+    "#SBATCH --wrap=x", "a&b;c|d>owned", "~", "*", "ünïcode", "\n#SBATCH --partition=owned\n", "!x", "{a,b}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_stay_words(slurm, config, tmp_path, name, monkeypatch):
+    place = tmp_path / f"cwd {name}".replace("/", "_")
+    place.mkdir()
+    monkeypatch.chdir(place)
+    run_dir, text = Path(name), f"{name}.txt"
+    one = config(slurm="shards = 2", inputs=(text, f"$(touch owned) {name}")).model_copy(
+        update={"program": (f"/opt/{name}/python", "-m", "cpipe"), "settings_file": name}
+    )
+    run(one, run_dir)
+    monkeypatch.chdir("/")
+    tidy = {"-x": "./-x"}.get(name, name)
+    files = ["./-x.txt" if name == "-x" else text, f"$(touch owned) {name}"]
+    for (words, _), job in zip(slurm.calls("sbatch"), JOBS, strict=True):
+        assert f"--chdir={place / name / 'slurm'}" in words and words[-1] == str(place / name / "slurm" / f"{job}.sh")
+        assert not any(name in word for word in words if word.startswith(("--output", "--dependency")))
+        before = len(slurm.calls("srun"))
+        path = f"{slurm.folder}:/usr/bin:/bin"
+        environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_JOB_ID": "9", "SLURM_JOB_ID": "9"}
+        subprocess.run(["bash", words[-1]], env=environment, cwd="/", check=True, timeout=30)
+        ((called, seen),) = slurm.calls("srun")[before:]
+        assert seen["PWD"] == str(place)
+        start = called.index(f"/opt/{name}/python")
+        command = "train-experts" if job in ("experts", "dense") else job.removesuffix("-shards")
+        expected = [f"/opt/{name}/python", "-m", "cpipe", command, tidy]
+        expected += files if command == "tokenize" else []
+        expected += {
+            "tokenize-shards": ["--shard", "2/2"], "tokenize": ["--merge"], "experts": ["--expert", "2"],
+            "dense": ["--expert", "dense"],
+        }.get(job, [])  # fmt: skip
+        assert called[start:] == [*expected, "--settings", name]
+    assert not list(tmp_path.rglob("owned*"))
+
+
+def test_headers_of_hostile_runs_hold_only_what_was_meant(slurm, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = Path("x\n#SBATCH --partition=owned\ny")
+    run(config(), run_dir)
+    for path in (run_dir / "slurm").glob("*.sh"):
+        head = path.read_text().split("\n\n")[0]
+        assert "owned" not in [line for line in head.splitlines() if "job-name" not in line]
+        assert f"--job-name=cpipe-{path.stem}-x__SBATCH_--partition_owned_y" in head
+
+
+def test_it_runs_where_it_was_asked_for(slurm, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(config(until="tokenize"), Path("runs/a"))
+    assert f"cd -- {os.getcwd()} || exit" in Path("runs/a/slurm/tokenize.sh").read_text()
+    assert " tokenize runs/a " in Path("runs/a/slurm/tokenize.sh").read_text()
