@@ -8,7 +8,7 @@
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -26,7 +26,7 @@ from schemas.tokenize_text import ShareManifest, TokenizeConfig, TokenizeManifes
 from schemas.train_experts import ExpertsConfig, ExpertsManifest
 from stages.artifacts.progress import Todo, find_todo
 from stages.artifacts.stage_folder import turn_by_turn
-from stages.scheduling import queue
+from stages.scheduling import job_queue
 from stages.scheduling.scripts import TASK, Job, Shell, array, job_name, ranges, render
 
 AFTER: dict[Command, tuple[str, ...]] = {
@@ -51,8 +51,9 @@ def run(config: SubmitConfig, run_dir: Path, *, force: bool = False) -> list[Job
         _write_scripts(jobs, config, run_dir)
         missing = {job.name: _missing(job, todo, run_dir) for job in jobs}
         if config.submit:
-            return _submit(jobs, missing, config, run_dir)
-        return [_row(job, missing[job.name], None, "to submit") for job in jobs]
+            submission = Submission(run_dir, config.program)
+            return [row for job in jobs for row in submission.add(job, missing[job.name])]
+        return [_row(name, tasks, None, "to submit" if tasks else "finished") for name, tasks in missing.items()]
 
 
 def _compared(config: SubmitConfig, run_dir: Path) -> dict[Command, tuple[Config, ...]]:
@@ -142,38 +143,60 @@ def _is_done(job: Job, task: int | None, run_dir: Path) -> bool:
     return job.name in folders and (run_dir / folders[job.name] / FILE_NAME).is_file()
 
 
-def _submit(
-    jobs: Sequence[Job], missing: dict[str, list[int | None]], config: SubmitConfig, run_dir: Path
-) -> list[JobRow]:
-    """Submit what is neither finished nor in the queue; the record is written after each."""
-    records = list(_read_record(run_dir))
-    known = queue.states(records)
-    waits: dict[str, list[str]] = {}  # by job: what Slurm is to wait for
-    anew: set[str] = set()
-    rows = []
-    for job in jobs:
-        if not missing[job.name]:
-            rows.append(_row(job, (), None, "finished"))
-            continue
-        command = job.command(config.program)
-        mine = [record for record in records if record.job == job.name]
-        active = _active(mine, known, command)
-        if anew.intersection(job.after) and (vain := {t: key for t, key in active.items() if known[key] == "PENDING"}):
-            queue.cancel(vain.values())
-            active = {task: key for task, key in active.items() if task not in vain}
-        waits[job.name] = list(active.values())
-        rows += [_row(job, [task], int(key.split("_")[0]), known[key]) for task, key in active.items()]
-        if left := [task for task in missing[job.name] if task not in active]:
-            number = _sbatch(job, left, [key for name in job.after for key in waits.get(name, ())], run_dir)
-            records = [r for r in records if r not in mine or set(r.listed_as()) & set(active.values())]
-            tasks = tuple(task for task in left if task is not None)
-            records.append(_record(job, number, tasks, command, run_dir))
-            _write_record(records, run_dir)
-            logger.info("{} is job {}", job.name, number)
-            waits[job.name].append(str(number))
-            anew.add(job.name)
-            rows.append(_row(job, left, number, "submitted"))
-    return rows
+class Submission:
+    """Jobs submitted one after the other, each after those it needs; the record is written after each."""
+
+    def __init__(self, run_dir: Path, program: Sequence[str]) -> None:
+        self._run_dir = run_dir
+        self._program = program
+        self._records = list(_read_record(run_dir))
+        self._known = job_queue.states(self._records)
+        self._waits: dict[str, list[str]] = {}  # by job: what Slurm is to wait for
+        self._anew: set[str] = set()
+
+    def add(self, job: Job, missing: Sequence[int | None]) -> list[JobRow]:
+        """Submit what of `missing` is not in the queue. Returns what became of the job."""
+        if not missing:
+            return [_row(job.name, (), None, "finished")]
+        active = self._kept(job)
+        self._waits[job.name] = list(active.values())
+        rows = _rows(job.name, active, self._known)
+        if left := [task for task in missing if task not in active]:
+            number = _sbatch(job, left, [key for name in job.after for key in self._waits.get(name, ())], self._run_dir)
+            self._note(job, number, left, active)
+            self._waits[job.name].append(str(number))
+            self._anew.add(job.name)
+            rows.append(_row(job.name, left, number, "submitted"))
+        return rows
+
+    def _kept(self, job: Job) -> dict[int | None, str]:
+        """Its tasks that stay in the queue, and their keys; what would wait in vain is taken out."""
+        mine = [record for record in self._records if record.job == job.name]
+        active = _active(mine, self._known, job.command(self._program))
+        if self._anew.isdisjoint(job.after):
+            return active
+        if vain := [key for key in active.values() if self._known[key] == "PENDING"]:
+            job_queue.cancel(vain)
+        return {task: key for task, key in active.items() if key not in vain}
+
+    def _note(self, job: Job, number: int, tasks: Sequence[int | None], active: dict[int | None, str]) -> None:
+        """Put a new job on record, and forget those before it that are over."""
+        kept = set(active.values())
+        self._records = [one for one in self._records if one.job != job.name or kept.intersection(one.listed_as())]
+        self._records.append(
+            JobRecord(
+                job=job.name,
+                number=number,
+                name=job_name(job.name, self._run_dir),
+                tasks=tuple(task for task in tasks if task is not None),
+                command=job.command(self._program),
+                submitted=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+        )
+        content = JobsRecord(schema_id="cpipe.slurm/1", jobs=tuple(self._records))
+        text = content.model_dump_json(by_alias=True, indent=2) + "\n"
+        write_bytes(self._run_dir / FOLDER / RECORD, text.encode(), self._run_dir)
+        logger.info("{} is job {}", job.name, number)
 
 
 def _active(mine: Sequence[JobRecord], known: dict[str, str], command: str) -> dict[int | None, str]:
@@ -184,7 +207,7 @@ def _active(mine: Sequence[JobRecord], known: dict[str, str], command: str) -> d
     found = {}
     for record in mine:
         for task, key in zip(record.tasks or (None,), record.listed_as(), strict=True):
-            if known.get(key, "COMPLETED") not in queue.OVER:
+            if known.get(key, "COMPLETED") not in job_queue.OVER:
                 if record.command != command:
                     raise UsageFailure(
                         f"job {key} ({record.job}) is {known[key].lower()} and runs `{record.command}`, not "
@@ -196,26 +219,25 @@ def _active(mine: Sequence[JobRecord], known: dict[str, str], command: str) -> d
 
 def _sbatch(job: Job, tasks: Sequence[int | None], waits_for: Sequence[str], run_dir: Path) -> int:
     numbers = [task for task in tasks if task is not None]
-    log = f"logs/{job.name}-{'%A_%a' if numbers else '%j'}.log"  # relative to the folder, as paths may hold a %
-    folder = (run_dir / FOLDER).absolute()
+    folder = str((run_dir / FOLDER).absolute())
+    if "\\" in folder:
+        raise UsageFailure(f"Slurm writes no log below {folder}: a path must not hold a backslash")
+    log = f"{folder.replace('%', '%%')}/logs/{job.name}-{'%A_%a' if numbers else '%j'}.log"
     listed = array(numbers, job.resources.at_once) if numbers else None
-    return queue.submit(_script(job, run_dir).absolute(), folder, log, waits_for, listed)
+    return job_queue.submit(_script(job, run_dir).absolute(), log, waits_for, listed)
 
 
-def _record(job: Job, number: int, tasks: tuple[int, ...], command: str, run_dir: Path) -> JobRecord:
-    return JobRecord(
-        job=job.name,
-        number=number,
-        name=job_name(job.name, run_dir),
-        tasks=tasks,
-        command=command,
-        submitted=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+def _rows(job: str, keys: Mapping[int | None, str], known: Mapping[str, str]) -> list[JobRow]:
+    """A row for each state that tasks are in."""
+    found: dict[tuple[int, str], list[int | None]] = {}
+    for task, key in keys.items():
+        found.setdefault((int(key.split("_")[0]), known.get(key, "over").lower()), []).append(task)
+    return [_row(job, tasks, number, state) for (number, state), tasks in found.items()]
 
 
-def _row(job: Job, tasks: Sequence[int | None], number: int | None, state: str) -> JobRow:
+def _row(job: str, tasks: Sequence[int | None], number: int | None, state: str) -> JobRow:
     numbers = [task for task in tasks if task is not None]
-    return JobRow(job=job.name, tasks=ranges(numbers), number=number, state=state if tasks else "finished")
+    return JobRow(job=job, tasks=ranges(numbers), number=number, state=state)
 
 
 def _read_record(run_dir: Path) -> tuple[JobRecord, ...]:
@@ -229,27 +251,18 @@ def _read_record(run_dir: Path) -> tuple[JobRecord, ...]:
         raise IntegrityFailure(f"{why}: remove it when none of the run's jobs are in the queue") from error
 
 
-def _write_record(records: Sequence[JobRecord], run_dir: Path) -> None:
-    content = JobsRecord(schema_id="cpipe.slurm/1", jobs=tuple(records)).model_dump_json(by_alias=True, indent=2)
-    write_bytes(run_dir / FOLDER / RECORD, content.encode() + b"\n", run_dir)
-
-
 def job_rows(run_dir: Path) -> list[JobRow]:
     """Where the submitted jobs stand; none where there is no Slurm to ask."""
     records = _read_record(run_dir)
     if not records or not shutil.which("squeue"):
         return []
     try:
-        known = queue.states(records)
+        known = job_queue.states(records)
     except Failure as failure:
         logger.debug("{}", failure)
         return []
-    rows = []
-    for record in records:
-        by_state: dict[str, list[int]] = {}
-        for task, key in zip(record.tasks or (None,), record.listed_as(), strict=True):
-            tasks = by_state.setdefault(known.get(key, "over").lower(), [])
-            tasks += [] if task is None else [task]
-        for state, tasks in by_state.items():
-            rows.append(JobRow(job=record.job, tasks=ranges(tasks), number=record.number, state=state))
-    return rows
+    return [
+        row
+        for record in records
+        for row in _rows(record.job, dict(zip(record.tasks or (None,), record.listed_as(), strict=True)), known)
+    ]

@@ -21,12 +21,12 @@ OVER = {
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def submit(script: Path, folder: Path, log: str, waits_for: Sequence[str], array: str | None) -> int:
-    """Submit `script`; its log goes to `log`, a pattern of Slurm's, in `folder`. Returns its number.
+def submit(script: Path, log: str, waits_for: Sequence[str], array: str | None) -> int:
+    """Submit `script`; its log goes to `log`, a pattern of Slurm's. Returns its number.
 
     Raises UsageFailure when sbatch refuses it.
     """
-    words = ["sbatch", "--parsable", f"--chdir={folder}", f"--output={log}"]
+    words = ["sbatch", "--parsable", f"--output={log}"]
     if waits_for:
         words.append(f"--dependency=afterok:{':'.join(waits_for)}")
     if array:
