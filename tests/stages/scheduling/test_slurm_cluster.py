@@ -6,7 +6,7 @@ Skipped where it cannot start, unless CPIPE_REQUIRE_SLURM is set.
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -133,6 +133,21 @@ def wait_for(path, seconds=120):
         time.sleep(0.05)
 
 
+def kill(run_dir, *words):
+    """SIGKILL to the Python processes of this run that were called with these words."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            called, folder = (process / "cmdline").read_text().split("\0")[:-1], (process / "cwd").readlink()
+        except OSError:  # gone, or another's
+            continue
+        if folder == run_dir.parent and called[0] == sys.executable and called[-len(words) :] == list(words):
+            found.append(int(process.name))
+    assert found
+    for process in found:
+        os.kill(process, signal.SIGKILL)
+
+
 def without(finished, place, settings, *folders):
     """A copy of the run that has not got as far."""
     run_dir = shutil.copytree(finished, place / "run")
@@ -195,12 +210,7 @@ def test_what_was_killed_or_cancelled_is_submitted_again_and_nothing_else(slurm,
     cpipe(run_dir, "slurm", "--until", "train-experts", "--submit")
     wait_for(run_dir / "experts/000/checkpoints/*")
     seed = digests(run_dir, "seed")
-    running = subprocess.run(
-        ["pgrep", "-f", f"train-experts {run_dir.name} --expert 0"], capture_output=True, text=True
-    )
-    assert running.stdout
-    for process in running.stdout.split():
-        os.kill(int(process), 9)
+    kill(run_dir, "--expert", "0")
     wait_for(run_dir / "experts/001/manifest.json")
     slurm.run("scancel", f"--user={os.getuid()}")
     slurm.wait()
