@@ -71,7 +71,7 @@ def shell(tmp_path):
 
     def run(*words):
         line = ["bash", *map(str, words)]
-        return subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=580)
+        return subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
 
     return run
 

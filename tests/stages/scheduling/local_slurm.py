@@ -153,7 +153,7 @@ class LocalSlurm:
         lines = self.run("squeue", "-h", "-r", "-t", "all", "-o", "%i %T").stdout.splitlines()
         return dict(line.split() for line in lines)
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=600):
         """Until no job is left in the queue; what was requeued need not wait for its time."""
         end = time.monotonic() + seconds
         while left := [key for key, state in self.jobs().items() if state not in OVER]:

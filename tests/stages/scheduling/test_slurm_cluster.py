@@ -126,7 +126,7 @@ def curve(run_dir):
     return json.loads((run_dir / "seed/manifest.json").read_bytes())["metrics"]["training"]["curve"]
 
 
-def wait_for(path, seconds=120):
+def wait_for(path, seconds=300):
     end = time.monotonic() + seconds
     while not list(path.parent.glob(path.name)):
         assert time.monotonic() < end, path
