@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 
@@ -84,3 +85,40 @@ def test_verify_writes_nothing(cpipe, piped_run, copied_run):
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     assert cpipe("verify", run_dir).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+VALUES = [None, True, 0, -1, 10**400, 1e308, -1e308, "", "x" * 5000, "../..", "\0", {}, [[]], {"": 1}, [{}], "tokens"]
+
+
+def places(value, path=()):
+    """The way to every value in a piece of JSON."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+@pytest.mark.parametrize(
+    "command", [["verify", "--sizes-only"], ["report"], ["clean", "--dry-run"], ["run", "--dry-run"]]
+)
+def test_no_manifest_however_it_was_changed_ends_in_a_traceback(cpipe, piped_run, copied_run, line, command):
+    run_dir = copied_run(piped_run)
+    draw = random.Random(command[0])
+    paths = sorted(run_dir.rglob("manifest.json"))
+    refused = 0
+    for _ in range(40):
+        path = draw.choice(paths)
+        before = path.read_bytes()
+        content = json.loads(before)
+        *way, last = draw.choice(list(places(content)))
+        inner = content
+        for key in way:
+            inner = inner[key]
+        inner[last] = draw.choice(VALUES)
+        path.write_text(json.dumps(content))
+        result = cpipe(command[0], run_dir, *command[1:])
+        assert result.exit_code in (0, 2, 4), (path, way, last, inner[last], result.exception)
+        if result.exit_code:
+            refused += 1
+            assert line(result)
+        path.write_bytes(before)
+    assert refused
