@@ -5,9 +5,9 @@
 """
 
 from math import gcd
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from schemas.decoder import Architecture, DecoderConfig, RopeScaling, share_of_a_head
 from schemas.manifest import Manifest
@@ -65,6 +65,17 @@ class CentralConfig(CentralShape):
         description="Width of one attention head of the layers; default: the heads share the residual stream's.",
     )
     rope_scaling: RopeScaling | None = Field(None, description="How rotary frequencies were changed for longer text.")
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What sets the layers apart from a plain Llama's is written where something does."""
+        values: dict[str, Any] = dump(self)
+        plain = {
+            "model_type": "llama",
+            "head_dim": self.hidden_size // self.num_attention_heads,
+            "rope_scaling": None,
+        }
+        return {name: value for name, value in values.items() if name not in plain or value != plain[name]}
 
     @classmethod
     def beside(cls, shape: CentralShape, seed: DecoderConfig) -> Self:

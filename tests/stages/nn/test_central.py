@@ -244,6 +244,16 @@ def test_a_central_model_takes_over_the_layers_of_a_seed_of_any_kind(change):
     assert min(moved_positions(lambda x: central(x).logits_BTV, ids, 10)) == 10
 
 
+@pytest.mark.parametrize(
+    "change", [{}, {"model_type": "qwen3", "head_dim": 12, "rope_scaling": LinearRope(factor=2.0)}]
+)
+def test_the_shape_comes_back_from_its_file(change):
+    seed = DecoderConfig(**(SEED.model_dump() | change))
+    config = CentralConfig.beside(CentralShape(), seed)
+    assert CentralConfig.from_mapping(config.model_dump(mode="json")) == config
+    assert set(change) <= set(config.model_dump())
+
+
 def test_the_token_layers_turn_like_the_seeds():
     seed = DecoderConfig(**(SEED.model_dump() | {"rope_scaling": LinearRope(factor=50.0)}))
     plain, scaled = (loud(CentralModel(CentralConfig.beside(CentralShape(), each))) for each in (SEED, seed))
