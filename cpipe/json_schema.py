@@ -19,13 +19,16 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def settings_schema(command: str, config: type[Config]) -> dict[str, Any]:
     """What a table of this command in `cpipe.toml` may hold."""
+    title = {"$schema": DIALECT, "title": f"[{command}] of cpipe.toml"}
+    if command == "slurm":  # no flags are made of it, so it has tables within the table
+        return config.model_json_schema() | title
     fields: dict[str, Any] = {}
     for leaf in leaves(config):
         field = copy(leaf.field)
         field.default = leaf.default
         fields[leaf.name] = (leaf.field.annotation, field)
     flat = create_model(config.__name__, __base__=Config, __doc__=config.__doc__, **fields)
-    return {"$schema": DIALECT, **flat.model_json_schema(), "title": f"[{command}] of cpipe.toml"}
+    return flat.model_json_schema() | title
 
 
 def manifest_schema(command: str) -> dict[str, Any]:

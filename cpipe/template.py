@@ -22,13 +22,17 @@ HEAD = """\
 # before it and change it. Flags go over this file. `cpipe run` takes the tables in this order.
 # Settings marked * are not compared when a finished stage is asked for again: speed, logs, where files lie.
 """
+SLURM = """\
+# What the jobs of `cpipe slurm` ask for goes into tables [slurm], [slurm.train-seed] and so on; `cpipe schema slurm`
+# says what they may hold.
+"""
 
 
 def settings_template() -> str:
     """A `cpipe.toml` in which every setting is commented out."""
     tables = [(stage.command, stage.config, stage.help) for stage in STAGES]
     tables.append(("generate", GenerateConfig, "Continue a prompt with one of the run's models."))
-    return "\n".join([HEAD, *(_table(*table) for table in tables)])
+    return "\n".join([HEAD, *(_table(*table) for table in tables), SLURM])
 
 
 def _table(command: str, config: type[Config], help_text: str) -> str:

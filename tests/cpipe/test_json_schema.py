@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from cpipe.json_schema import manifest_schema, settings_schema
-from cpipe.pipeline import BY_COMMAND, TABLES
+from cpipe.pipeline import BY_COMMAND, PIPELINE, TABLES
 from cpipe.settings import leaves
 from schemas.generate_text import GenerateConfig
 from schemas.run_manifests import manifest_types
+from schemas.submit_jobs import SlurmConfig
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed: pip install '.[dev]'")
 CONFIGS = {command: stage.config for command, stage in BY_COMMAND.items()} | {"generate": GenerateConfig}
@@ -29,7 +30,7 @@ def test_the_schema_of_a_manifest_accepts_what_the_stages_wrote(piped_run: Path)
         command = content["schema"].removeprefix("cpipe.").split("/")[0].removesuffix("-alone")
         assert problems(manifest_schema(command), content) == [], path
         seen.add(command)
-    assert seen == BY_COMMAND.keys() - {"collect"}
+    assert seen == set(PIPELINE)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_every_kind_of_manifest_has_a_schema_with_its_version() -> None:
     }
 
 
-@pytest.mark.parametrize("command", TABLES)
+@pytest.mark.parametrize("command", CONFIGS)
 def test_the_schema_of_a_table_accepts_the_defaults_and_refuses_what_is_no_setting(command: str) -> None:
     schema = settings_schema(command, CONFIGS[command])
     defaults = {leaf.name: leaf.default for leaf in leaves(CONFIGS[command])}
@@ -69,6 +70,14 @@ def test_the_schema_of_a_table_accepts_the_defaults_and_refuses_what_is_no_setti
     assert problems(schema, {"no_such_setting": 1})
     for name, entry in schema["properties"].items():
         assert entry["description"] and problems(schema, {name: {"a": "table"}})
+
+
+def test_the_schema_of_slurms_table_knows_the_tables_in_it() -> None:
+    schema = settings_schema("slurm", SlurmConfig)
+    assert problems(schema, {"partition": "gpu", "train-seed": {"nodes": 2}, "tokenize": {"at_once": 4}}) == []
+    for wrong in ({"tokenize": {"nodes": 2}}, {"train-sed": {}}, {"gpus": -1}):
+        assert problems(schema, wrong)
+    assert CONFIGS.keys() == set(TABLES) - {"slurm"}
 
 
 def test_the_schema_of_a_table_accepts_the_settings_of_a_run(piped_run: Path) -> None:

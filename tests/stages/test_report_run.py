@@ -117,7 +117,7 @@ def test_it_tells_what_the_manifests_tell(page: Page, evaluated_run: Path) -> No
 def test_it_draws_every_training_and_every_folder(page: Page) -> None:
     figures = page.source.split("<figure>")[1:]
     curves = {figure.split("</figcaption>")[0].split(">")[-1]: figure.count("<polyline") for figure in figures}
-    assert curves == {"train-seed": 1, "train-experts": 4, "train-gates": 4, "compose-alone": 1, "compose": 3}
+    assert curves == {"train-seed": 1, "train-experts": 4, "train-gates": 5, "compose-alone": 1, "compose": 3}
     boxes = re.findall(r"<rect[^>]*/><text[^>]*>([^<]*)<", page.source)
     expected = {"tokens", "clusters", "seed", "experts", "dense", "gates", "central-alone", "central", "reports"}
     assert expected <= set(boxes) and len(boxes) == len(set(boxes)) == 11

@@ -75,14 +75,18 @@ def test_the_manifest_says_what_was_done(gated_run, config):
     }
 
 
+def decoders_of(loss):
+    return (loss.seed, *getattr(loss, "experts", ()))
+
+
 def test_gates_learn_on_decoders_that_see_one_document_where_that_is_asked(expert_run, copied_run, config, calls):
     run_dir = copied_run(expert_run)
     train_gates.run(config.model_copy(update={"training": TRAINING.model_copy(update={"steps": 1})}), run_dir)
-    assert {decoder.separator for loss, _ in calls.values() for decoder in (loss.seed, *loss.experts)} == {None}
+    assert {decoder.separator for loss, _ in calls.values() for decoder in decoders_of(loss)} == {None}
     masked = TRAINING.model_copy(update={"steps": 1, "mask_documents": True})
     train_gates.run(config.model_copy(update={"training": masked}), run_dir, force=True)
     end = TokenizeManifest.read(run_dir).metrics.end_of_text
-    assert {decoder.separator for loss, _ in calls.values() for decoder in (loss.seed, *loss.experts)} == {end}
+    assert {decoder.separator for loss, _ in calls.values() for decoder in decoders_of(loss)} == {end}
 
 
 def test_trained_gates_mix_better_than_closed_ones(expert_run, copied_run, config, calls):

@@ -96,7 +96,7 @@ def test_a_flipped_bit_in_a_manifest_that_others_were_made_from_is_found(evaluat
             continue
         path = run_dir / folder / FILE_NAME
         before = path.read_bytes()
-        timings = range(before.index(b'"environment"'), before.index(b'"inputs"'))  # nothing follows from them
+        timings = range(before.index(b'\n  "environment"'), before.index(b'\n  "inputs"'))  # nothing follows from them
         for _ in range(12):
             place = draw.choice([place for place in range(len(before) - 1) if place not in timings])
             flip(path, place, draw.randrange(8))
