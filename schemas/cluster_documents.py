@@ -178,7 +178,6 @@ class SweepRow(Strict):
     purity: float | None = Field(description="Share of documents from their cluster's main source.")
     nmi: float | None = Field(description="Normalised mutual information of cluster and source; null for one source.")
     stability: float = Field(le=1, description="Mean adjusted Rand index of the clusters of two seeds; 1: the same.")
-    seconds: float = Field(ge=0, description="Wall clock of one fit.")
 
 
 class SweepMetrics(Strict):

@@ -73,13 +73,15 @@ def _layer(config: GatesConfig, seed: Decoder) -> int:
 def _rows_of_clusters(
     config: GatesConfig, run_dir: Path, tokens: TokenizeManifest, clusters: ClusterManifest
 ) -> dict[int | None, Rows]:
-    """Rows of each cluster's documents, and under None those of all."""
+    """Rows of each cluster's documents, those it shares among them, and under None those of all."""
     store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])
-    assigned = np.asarray(read_table(clusters.output("assignments-train.arrow").check(run_dir))["cluster"])
+    table = read_table(clusters.output("assignments-train.arrow").check(run_dir))
     end, length = tokens.metrics.end_of_text, config.training.sequence_length
     rows: dict[int | None, Rows] = {None: Rows(store, end, length)}
     for cluster in range(clusters.config.clusters):
-        rows[cluster] = Rows(store, end, length, np.flatnonzero(assigned == cluster))
+        rows[cluster] = Rows(
+            store, end, length, np.flatnonzero((table["cluster"] == cluster) | (table["second"] == cluster))
+        )
     return rows
 
 

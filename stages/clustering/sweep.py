@@ -5,7 +5,6 @@
 - spread falls and purity rises with the number whatever the text; balance and stability tell where it stops to pay
 """
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,9 +29,7 @@ def try_clusters(
 ) -> SweepRow:
     """Fit `clusters` to the sample's vectors [n, d] from several seeds. Raises InputFailure as `fit_clusters` does."""
     settings = [{"clusters": clusters, "sweep": None, "seed": config.seed + number} for number in range(SEEDS)]
-    started = time.perf_counter()
     fitted = [fit_clusters(config.model_copy(update=changed), vectors, lengths, device) for changed in settings]
-    seconds = (time.perf_counter() - started) / SEEDS
     fits = [found.clustering for found in fitted]
     labelings = [nearest(vectors, found.clustering.centroids, found.potentials, device) for found in fitted]
     best = int(np.argmin([fit.inertia for fit in fits]))
@@ -46,5 +43,4 @@ def try_clusters(
         purity=purity(labels, sources) if several else None,
         nmi=mutual_information(labels, sources) if several else None,
         stability=stability(labelings),
-        seconds=round(seconds, 3),
     )

@@ -5,13 +5,14 @@ from typing import get_args
 import pytest
 import torch
 
+from schemas.cluster_documents import ClusterManifest
 from schemas.failures import InputFailure, IntegrityFailure, UsageFailure
 from schemas.files import digest_of
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertsConfig
 from schemas.train_gates import GateMode, GatesConfig, GatesManifest
 from schemas.training import TrainingConfig
-from stages import train_experts, train_gates
+from stages import cluster_documents, train_experts, train_gates
 from stages.artifacts.model_folder import checksum, read_tensors
 
 TRAINING = TrainingConfig(
@@ -256,3 +257,14 @@ def test_contrastive_gates_know_their_clusters_and_mean_vectors_are_means(expert
     expected = total / TRAINING.steps
     found = gates_of(run_dir)["mean-activation.vectors"][1]
     assert torch.cosine_similarity(found, expected, 0) > 0.99
+
+
+def test_gates_see_the_documents_that_two_experts_share(expert_run, copied_run, config, calls):
+    run_dir = copied_run(expert_run)
+    clusters = ClusterManifest.read(run_dir)
+    cluster_documents.run(clusters.config.model_copy(update={"overlap": 0.3}), run_dir, force=True)
+    shared = ClusterManifest.read(run_dir)
+    rows = train_gates._rows_of_clusters(config, run_dir, TokenizeManifest.read(run_dir), shared)
+    alone = train_gates._rows_of_clusters(config, expert_run, TokenizeManifest.read(expert_run), clusters)
+    assert sum(rows[cluster].tokens for cluster in range(3)) > sum(alone[cluster].tokens for cluster in range(3))
+    assert rows[None].tokens == alone[None].tokens
