@@ -43,7 +43,11 @@ batch_size = 8
 steps = 100
 learning_rate = 1e-2
 
+modes = ["independent", "joint", "contrastive", "mean-activation"]
+
 [evaluate]
+thresholds = [0.1, 0.3]
+top_p = [0.8]
 tokens = 60_000
 usage_tokens = 10_000
 """
@@ -79,7 +83,8 @@ CLAIMS = (
     ("cBTM top-2", "dense", "experts on discovered domains against one model, at equal training tokens"),
     ("cBTM top-2", "uniform ensemble", "routing by what the text is about against no routing"),
     ("gates joint top-2", "gates independent top-2", "gates that know of each other against the paper's"),
-    ("gates joint all", "cBTM top-2", "learned routing against distance to centroids"),
+    ("gates joint top-2", "dense", "learned routing against one model"),
+    ("gates joint top-2", "cBTM top-2", "learned routing against distance to centroids"),
     ("composed stitch", "central alone", "reading the experts against not having them"),
     ("composed stitch", "composed stitch of seed copies (central-control)", "the experts against as many parameters"),
     ("composed stitch", "composed stitch (central-plain)", "with the experts' evidence against without it"),

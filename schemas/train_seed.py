@@ -16,7 +16,12 @@ class SeedConfig(Config):
     """The seed: the decoder every expert starts from, trained on everything."""
 
     model: DecoderShape = Field(DecoderShape(), description="The decoder's shape.")
-    training: TrainingConfig = Field(TrainingConfig(), description="How it is trained.")
+    training: TrainingConfig = Field(
+        # Experts begin where the seed ends: from a rate that has fallen already they learn less (see `--schedule wsd`,
+        # whose last part their own schedule is).
+        TrainingConfig(schedule="constant"),
+        description="How it is trained; at a constant rate, as those that go on from it let the rate fall.",
+    )
 
 
 class SeedMetrics(Strict):
