@@ -7,6 +7,8 @@
 - one decoder, one tokenizer, one seed per share; clusters 1 (dense), 2, 4, 8 and 16 at a share of one half, and shares
   0, 25, 50 and 75 % for 8 clusters; random clusters are the control
 - a share of 0 is experts that begin from the same random weights, after one step
+- the seed's rate falls to a tenth, as all others do, so that every model has the same two schedules; in one variant
+  it stays constant, which is what `cpipe train-seed` does by default
 - --no-shares leaves the shares other than one half out, which take most of the time
 - every variant is a run of `cpipe` commands in a folder of its own, so an interrupted benchmark goes on where it
   stopped; prints the tables, the claims with whether they hold, and draws cbtm.png
@@ -43,6 +45,7 @@ sequence_length = {length}
 batch_size = {batch}
 steps = {seed_steps}
 learning_rate = 4e-3
+schedule = "{schedule}"
 
 [train-experts]
 sequence_length = {length}
@@ -58,27 +61,38 @@ usage_tokens = 1_000
 
 
 class Variant(NamedTuple):
-    """A run: the seed's share of the tokens in percent, the number of clusters, and how they are made."""
+    """A run: the seed's share of the tokens in percent, the number of clusters, how they are made, the seed's rate."""
 
     share: int
     clusters: int
     method: str = "balanced"
+    schedule: str = "cosine"
 
     @property
     def name(self) -> str:
-        return f"share-{self.share}-{self.method}-{self.clusters}"
+        return f"{self.seed}-{self.method}-{self.clusters}"
+
+    @property
+    def seed(self) -> str:
+        return f"share-{self.share}" if self.schedule == "cosine" else f"{self.schedule}-{self.share}"
+
+    @property
+    def label(self) -> str:
+        rate = "" if self.schedule == "cosine" else f", seed's rate {self.schedule}"
+        return f"{self.clusters}{' random' if self.method == 'random' else ''}{rate}"
 
 
 HALF = [Variant(50, 8), Variant(50, 2), Variant(50, 4), Variant(50, 16), Variant(50, 8, "random")]
+CONSTANT = Variant(50, 8, schedule="constant")
 SHARES = [Variant(0, 8), Variant(25, 8), Variant(75, 8)]
-DENSE = (Variant(50, 8), Variant(0, 8))  # where a dense model is trained beside the experts
+DENSE = (Variant(50, 8), Variant(0, 8), CONSTANT)  # where a dense model is trained beside the experts
 
 Scores = dict[str, float]
 
 
 def main() -> None:
     options = _options()
-    variants = HALF if options.no_shares else HALF + SHARES
+    variants = [*HALF, CONSTANT, *([] if options.no_shares else SHARES)]
     scores = {variant: _run(variant, options) for variant in variants}
     _print_scores(scores)
     _print_claims(scores)
@@ -103,10 +117,11 @@ def _run(variant: Variant, options: argparse.Namespace) -> Scores:
     seed_steps = max(1, steps * variant.share // 100)
     dense = str(variant in DENSE).lower()
     shape = {"batch": BATCH, "length": LENGTH, "seed_steps": seed_steps, "steps": steps - seed_steps, "dense": dense}
-    settings = SETTINGS.format(clusters=variant.clusters, method=variant.method, **shape)
+    made = {"clusters": variant.clusters, "method": variant.method, "schedule": variant.schedule}
+    settings = SETTINGS.format(**made, **shape)
     (run / "cpipe.toml").write_text(settings)
     _take(options.folder, run, "tokens", "*")
-    _take(options.folder, run, "seed", f"share-{variant.share}-*")
+    _take(options.folder, run, "seed", f"{variant.seed}-*")
     environment = os.environ | ({"OMP_NUM_THREADS": options.threads} if options.threads else {})
     for command in ("tokenize", "cluster", "train-seed", "train-experts", "evaluate"):
         inputs = options.inputs if command == "tokenize" else []
@@ -136,13 +151,13 @@ def _print_scores(scores: dict[Variant, Scores]) -> None:
     columns = [*(f"cBTM top-{kept}" for kept in TOP_K), "cBTM all", "uniform ensemble", "seed"]
     print(f"| seed's share | clusters | {' | '.join(columns)} |\n|--:|---|{'--:|' * len(columns)}")
     print(f"| 50 % | 1 (dense) | {dense:.4f} |{' |' * (len(columns) - 1)}")
+    print(f"| 50 % | 1 (dense, seed's rate constant) | {scores[CONSTANT]['dense']:.4f} |{' |' * (len(columns) - 1)}")
     if Variant(0, 8) in scores:
         print(f"| 0 % | 1 (dense, one schedule) | {scores[Variant(0, 8)]['dense']:.4f} |{' |' * (len(columns) - 1)}")
     for variant in sorted(scores):
         found = scores[variant]
         cells = [*(_mixed(found, kept) for kept in TOP_K), *(found[name] for name in columns[len(TOP_K) :])]
-        label = f"{variant.clusters}{' random' if variant.method == 'random' else ''}"
-        print(f"| {variant.share} % | {label} | {' | '.join(f'{cell:.4f}' for cell in cells)} |")
+        print(f"| {variant.share} % | {variant.label} | {' | '.join(f'{cell:.4f}' for cell in cells)} |")
     print()
 
 
@@ -150,9 +165,17 @@ def _print_claims(scores: dict[Variant, Scores]) -> None:
     eight, random = scores[Variant(50, 8)], scores[Variant(50, 8, "random")]
     dense = min(found["dense"] for found in scores.values() if "dense" in found)
     best = min(_mixed(scores[variant], 2) for variant in HALF if variant.method != "random")
+    constant, both = scores[CONSTANT], scores[Variant(50, 8)]["dense"]
     claims = [
-        ("the best number of clusters, top-2, beats the best dense model", best, dense),
-        ("8 clusters, top-2, beat the best dense model", eight["cBTM top-2"], dense),
+        ("the best number of clusters, top-2, beats the dense model of the same two schedules", best, both),
+        (
+            "8 clusters, top-2, from a seed of constant rate beat that from one whose rate fell",
+            constant["cBTM top-2"],
+            best,
+        ),
+        ("the same beat the dense model that went on from that seed", constant["cBTM top-2"], constant["dense"]),
+        ("the same beat the best dense model of all", constant["cBTM top-2"], dense),
+        ("the best number of clusters from a seed whose rate fell beats the best dense model of all", best, dense),
         ("found clusters beat random ones (8, top-2)", eight["cBTM top-2"], random["cBTM top-2"]),
         ("routing beats a uniform ensemble (8, top-2)", eight["cBTM top-2"], eight["uniform ensemble"]),
         ("two experts are as good as all, within 0.5 % (8)", eight["cBTM top-2"], eight["cBTM all"] * 1.005),
@@ -172,7 +195,7 @@ def _draw(scores: dict[Variant, Scores], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     dense = scores[HALF[0]]["dense"]
-    shares = sorted(variant for variant in scores if variant.clusters == 8 and variant.method != "random")
+    shares = sorted({variant for variant in scores if variant.clusters == 8} - {Variant(50, 8, "random"), CONSTANT})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     found = sorted((variant for variant in HALF if variant.method != "random"), key=lambda variant: variant.clusters)
     counts = [1, *(variant.clusters for variant in found)]
