@@ -29,6 +29,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and 
 Tables = dict[str, list[dict[str, Any]]]  # of the settings file, by command
 
 GENERATE_HELP = "Continue a prompt with one of the run's models."
+ROUTE_HELP = "Show which experts the gates ask for each token of a text, and why."
 
 
 def build_app(asked: str | None = None) -> typer.Typer:
@@ -45,6 +46,7 @@ def build_app(asked: str | None = None) -> typer.Typer:
         app.command(stage.command, help=stage.help)(command)
     generate = _generate_command() if asked in (None, "generate") else _without_flags
     app.command("generate", help=GENERATE_HELP)(generate)
+    app.command("route", help=ROUTE_HELP)(_route_command() if asked in (None, "route") else _without_flags)
     app.command("run")(run)
     app.command("plan")(plan)
     app.command("slurm")(slurm)
@@ -117,6 +119,12 @@ def _generate_command() -> Any:
         print(json.dumps({"prompt": config.prompt, "text": "".join(pieces)}) if as_json else "")
 
     return flags_of(GenerateConfig, act, {"settings": SettingsFile, "as_json": AsJson}, Run)
+
+
+def _route_command() -> Any:
+    from cpipe.routing import route_command
+
+    return route_command(Run, AsJson)
 
 
 def run(

@@ -94,6 +94,7 @@ def schema(
     from cpipe.pipeline import BY_COMMAND, TABLES
     from schemas.failures import UsageFailure
     from schemas.generate_text import GenerateConfig
+    from schemas.strict import Config
     from schemas.submit_jobs import SlurmConfig
 
     with session(Path(), "schema", log=False):
@@ -101,7 +102,7 @@ def schema(
             known = ", ".join(BY_COMMAND if manifest else TABLES)
             what = "has no manifest" if stage in TABLES else "is no command with settings"
             raise UsageFailure(f"{stage} {what}; expected one of {known}")
-        others = {"generate": GenerateConfig, "slurm": SlurmConfig}
+        others: dict[str, type[Config]] = {"generate": GenerateConfig, "slurm": SlurmConfig}
         config = BY_COMMAND[stage].config if stage in BY_COMMAND else others[stage]
         content = manifest_schema(stage) if manifest else settings_schema(stage, config)
     print(json.dumps(content, indent=2))

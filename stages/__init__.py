@@ -12,6 +12,7 @@
     export_model       a model of the run           -> a Hugging Face folder
     plan_training      the settings                 -> what they would train, and its cost
     generate_text      any of the models            -> text
+    route_text         seed, gates                  -> which experts a text asks for
     submit_jobs        all of the settings          -> the pipeline as jobs of Slurm
     verify_run         a whole run                  -> what is not as its manifests say
     clean_run          a whole run                  -> what nothing needs any more, removed

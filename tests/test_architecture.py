@@ -17,7 +17,13 @@ DOORS = {"pyarrow": "stages/data", "deepspeed": "stages/engine", "typer": "cpipe
 NOTHING_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "misc", "base"}
 LONGEST = 300
 LONGER: dict[str, str] = {}  # file: why it is longer
-STREAMS = {"generate_text", "verify_run", "clean_run", "report_run"}  # they write no manifest: `stream`, not `run`
+STREAMS = {
+    "generate_text",
+    "verify_run",
+    "clean_run",
+    "report_run",
+    "route_text",
+}  # they write no manifest: `stream`, not `run`
 READERS = {"plan_training"}  # stages that only tell what they found, so there is nothing to force
 TESTED_ELSEWHERE: dict[str, str] = {}  # stage: why it has no test of its name
 

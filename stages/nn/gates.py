@@ -68,7 +68,7 @@ class Gates(nn.Module):
         Only selected experts have weight. The seed's slot takes part where the mode has one, and otherwise where no
         expert is selected.
         """
-        score_BTX = self._scores_at_use(u_BTD)
+        score_BTX = self.scores_at_use(u_BTD)
         slot = 0.0 if self.mode == "joint" else -torch.inf
         score_BTS = F.pad(score_BTX, (1, 0), value=slot)
         kept_BTX = select(score_BTS, self._openness(u_BTD, score_BTS), selection)
@@ -77,7 +77,7 @@ class Gates(nn.Module):
         score_BTS = torch.where(none_BT1, F.pad(score_BTX, (1, 0)), score_BTS)
         return score_BTS.masked_fill(~kept_BTS, -torch.inf).log_softmax(-1)
 
-    def _scores_at_use(self, u_BTD: Tensor) -> Tensor:
+    def scores_at_use(self, u_BTD: Tensor) -> Tensor:
         """Scores [B, T, X] of which the weights are a softmax."""
         if self.mode in ("joint", "contrastive"):
             return self.scores(u_BTD)
