@@ -9,6 +9,7 @@ from schemas.manifest import Manifest
 from schemas.strict import Config, Strict
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 class ExportConfig(Config):
@@ -23,8 +24,19 @@ class ExportConfig(Config):
         "seed",
         description="seed, dense, experts/NUMBER as in experts/003, or average: the mean of the experts' weights.",
     )
+    adapter: bool = Field(
+        False, description="Of a LoRA expert, write the PEFT adapter alone, not the model it makes of the seed."
+    )
+    base_model: str | None = Field(
+        None,
+        min_length=1,
+        description="What --adapter names as the model it belongs to, word for word, as a name on a hub; default: the "
+        "run's seed, by its path relative to the folder.",
+    )
     dtype: Dtype = Field("fp32", description="Precision of the weights; the run's own are fp32.")
-    max_shard_bytes: int = Field(5_000_000_000, gt=0, description="Weights beyond so many bytes come in several files.")
+    max_shard_bytes: int = Field(
+        MAX_SHARD_BYTES, gt=0, description="Weights of a model beyond so many bytes come in several files."
+    )
 
     @field_validator("model")
     @classmethod
@@ -41,12 +53,22 @@ class ExportConfig(Config):
             raise ValueError("no folder is given: `cpipe export RUN FOLDER`")
         return self
 
+    @model_validator(mode="after")
+    def _adapter_is_of_an_expert(self) -> Self:
+        if self.adapter and not self.model.startswith("experts/"):
+            raise ValueError(f"{self.model} has no adapter of its own: give --model experts/003 and the like")
+        if self.adapter and self.max_shard_bytes != MAX_SHARD_BYTES:
+            raise ValueError("an adapter is one file: max_shard_bytes does not go with --adapter")
+        if self.base_model is not None and not self.adapter:
+            raise ValueError("base_model is what an adapter belongs to: give --adapter too")
+        return self
+
 
 class ExportMetrics(Strict):
     """What was written."""
 
-    parameters: int = Field(description="Weights, a tied output layer counted once.")
-    architecture: str = Field(description="Hugging Face's name of it.")
+    parameters: int = Field(description="Weights, a tied output layer counted once; of an adapter its own.")
+    architecture: str = Field(description="Hugging Face's name of it, or of the model it adapts.")
     weight_files: int = Field(description="Files the weights are in.")
     weight_bytes: int = Field(description="Bytes of them.")
 

@@ -1,13 +1,17 @@
 """Export: a model of the run out, as a Hugging Face folder that needs nothing of the run.
 
 - seed, dense and experts are decoders with all their weights; so is the average of the experts
+- a LoRA expert leaves as the model it makes of the seed, or as the adapter alone, with the tokenizer beside it
 - fp32 and bf16 hold what the run holds, the latter rounded; what is too large for fp16 is refused
 """
 
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,15 +20,17 @@ from torch import Tensor
 
 from schemas.decoder import DecoderConfig
 from schemas.export_model import ExportConfig, ExportManifest, ExportMetrics
-from schemas.failures import InputFailure
+from schemas.failures import InputFailure, UsageFailure
 from schemas.files import FileRef, write_bytes
 from schemas.manifest import InputRef, Manifest, key_of
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsManifest
 from schemas.train_seed import SeedManifest
+from stages.artifacts.adapter_folder import read_adapter, seed_from, write_adapter
 from stages.artifacts.environment import environment
 from stages.artifacts.export_folder import ExportFolder
-from stages.artifacts.model_folder import WeightType, read_model, write_model
+from stages.artifacts.model_folder import WeightType, read_model, write_model, write_tokenizer
+from stages.artifacts.run_models import Weights, expert_folder, read_expert
 from stages.artifacts.stage_folder import turn_by_turn
 
 TYPES: dict[str, WeightType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -32,22 +38,45 @@ LARGEST = torch.finfo(torch.float16).max
 TOKENS = ("bos_token_id", "eos_token_id")
 
 
-def run(config: ExportConfig, run_dir: Path, *, force: bool = False) -> ExportManifest:
-    """Write the model that `config.model` names to `config.folder`."""
-    started, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    tokens, members = TokenizeManifest.read(run_dir), _members(config.model, run_dir)
-    inputs = [tokens.as_input(), *(member.as_input(folder) for folder, member in members.items())]
-    with turn_by_turn(run_dir, "export"):
-        place = ExportFolder(Path(config.folder), run_dir)
-        if finished := place.finished(config, inputs, force):
-            return finished
-        shape, weights = _mean([read_model(run_dir, member, folder) for folder, member in members.items()])
-        with place.new() as folder:
-            outputs = _write(config, folder, shape, weights, tokens, run_dir)
-            manifest = _manifest(config, inputs, outputs, shape, weights, started_at, time.monotonic() - started)
-            manifest.write(folder)
-        logger.info("wrote {} to {}", config.model, place.path)
-        return manifest
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a model, or several of which the mean is, and the seed where they are adapters over it."""
+
+    run_dir: Path
+    tokens: TokenizeManifest
+    members: Mapping[str, Manifest]
+    seed: SeedManifest | None
+
+    @classmethod
+    def find(cls, model: str, run_dir: Path) -> "Source":
+        """Read the manifests. Raises UsageFailure when what makes the model has not run."""
+        tokens, members = TokenizeManifest.read(run_dir), _members(model, run_dir)
+        seed = SeedManifest.read(run_dir) if any(map(_is_lora, members.values())) else None
+        return cls(run_dir, tokens, members, seed)
+
+    def inputs(self) -> list[InputRef]:
+        """All it is made from."""
+        seed = [self.seed.as_input()] if self.seed else []
+        members = [member.as_input(folder) for folder, member in self.members.items()]
+        return [self.tokens.as_input(), *members, *seed]
+
+    @cached_property
+    def seed_weights(self) -> Weights:
+        """Shape and weights of the seed."""
+        return read_model(self.run_dir, self.seed or SeedManifest.read(self.run_dir))
+
+    def models(self) -> list[Weights]:
+        """Shape and weights of each member, adapters merged into the seed."""
+        return [self._model(folder, member) for folder, member in self.members.items()]
+
+    def _model(self, folder: str, member: Manifest) -> Weights:
+        if self.seed and _is_lora(member):
+            return read_expert(self.run_dir, folder, self.seed, lambda: self.seed_weights)
+        return read_model(self.run_dir, member, folder)
+
+    def tokenizer(self) -> bytes:
+        """The content of `tokenizer.json`."""
+        return self.tokens.output("tokenizer.json").check(self.run_dir).read_bytes()
 
 
 def _members(model: str, run_dir: Path) -> dict[str, Manifest]:
@@ -56,11 +85,54 @@ def _members(model: str, run_dir: Path) -> dict[str, Manifest]:
         return {"seed": SeedManifest.read(run_dir)}
     if model != "average":
         return {model: ExpertManifest.read(run_dir, model)}
-    folders = [f"experts/{number:03d}" for number in range(ExpertsManifest.read(run_dir).metrics.experts)]
+    folders = map(expert_folder, range(ExpertsManifest.read(run_dir).metrics.experts))
     return {folder: ExpertManifest.read(run_dir, folder) for folder in folders}
 
 
-def _mean(models: Sequence[tuple[DecoderConfig, dict[str, Tensor]]]) -> tuple[DecoderConfig, dict[str, Tensor]]:
+def _is_lora(member: Manifest) -> bool:
+    return isinstance(member, ExpertManifest) and member.config.lora is not None
+
+
+def run(config: ExportConfig, run_dir: Path, *, force: bool = False) -> ExportManifest:
+    """Write the model that `config.model` names to `config.folder`."""
+    started, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    source = Source.find(config.model, run_dir)
+    inputs = source.inputs()
+    with turn_by_turn(run_dir, "export"):
+        place = ExportFolder(Path(config.folder), run_dir)
+        if finished := place.finished(config, inputs, force):
+            return finished
+        with place.new() as folder:
+            write = _write_adapter if config.adapter else _write_model
+            outputs, metrics = write(config, folder, source)
+            manifest = ExportManifest(
+                schema_id=ExportManifest.expected_schema(),
+                key=key_of(ExportManifest, config, inputs),
+                config=config,
+                inputs=tuple(inputs),
+                outputs=tuple(outputs),
+                metrics=metrics,
+                environment=environment(started_at, time.monotonic() - started),
+            )
+            manifest.write(folder)
+        logger.info("wrote {} to {}", config.model, place.path)
+        return manifest
+
+
+def _write_model(config: ExportConfig, folder: Path, source: Source) -> tuple[list[FileRef], ExportMetrics]:
+    shape, weights = _mean(source.models())
+    if config.dtype == "fp16":
+        _refuse_overflow(weights.items())
+    end, dtype = source.tokens.metrics.end_of_text, TYPES[config.dtype]
+    tokenizer, limit = source.tokenizer(), config.max_shard_bytes
+    written = write_model(folder, folder, shape, weights, end, tokenizer, dtype=dtype, max_shard_bytes=limit)
+    ids = {name: value for name, value in shape.to_huggingface(end).items() if name in TOKENS}
+    text = json.dumps(ids, indent=2, sort_keys=True)
+    written.append(write_bytes(folder / "generation_config.json", text.encode(), folder))
+    return written, _metrics(written, shape, weights.values())
+
+
+def _mean(models: Sequence[Weights]) -> Weights:
     """The model itself where there is one; else the mean of the weights, as evaluate scores it."""
     shape, first = models[0]
     if len(models) == 1:
@@ -68,53 +140,35 @@ def _mean(models: Sequence[tuple[DecoderConfig, dict[str, Tensor]]]) -> tuple[De
     return shape, {name: torch.stack([weights[name] for _, weights in models]).mean(0) for name in first}
 
 
-def _write(
-    config: ExportConfig,
-    folder: Path,
-    shape: DecoderConfig,
-    weights: dict[str, Tensor],
-    tokens: TokenizeManifest,
-    run_dir: Path,
-) -> list[FileRef]:
+def _write_adapter(config: ExportConfig, folder: Path, source: Source) -> tuple[list[FileRef], ExportMetrics]:
+    """The files of the adapter; over the seed, wherever that is, they make the expert."""
+    (expert,) = source.members.values()
+    if not isinstance(expert, ExpertManifest) or expert.config.lora is None or source.seed is None:
+        raise UsageFailure(f"{source.run_dir / config.model} is a whole model, not an adapter: leave out --adapter")
+    shape, weights = source.seed_weights
+    _, found = read_adapter(source.run_dir, expert, source.seed, weights)
+    tensors = [(name, tensor) for name, pair in found.items() for tensor in pair]
     if config.dtype == "fp16":
-        _refuse_overflow(weights)
-    tokenizer = tokens.output("tokenizer.json").check(run_dir).read_bytes()
-    end, dtype = tokens.metrics.end_of_text, TYPES[config.dtype]
-    limit = config.max_shard_bytes
-    written = write_model(folder, folder, shape, weights, end, tokenizer, dtype=dtype, max_shard_bytes=limit)
-    ids = {name: value for name, value in shape.to_huggingface(end).items() if name in TOKENS}
-    text = json.dumps(ids, indent=2, sort_keys=True)
-    return [*written, write_bytes(folder / "generation_config.json", text.encode(), folder)]
+        _refuse_overflow(tensors)
+    base = config.base_model or seed_from(folder, Path(os.path.realpath(source.run_dir)))
+    written = write_adapter(folder, folder, base, expert.config.lora, found, TYPES[config.dtype])
+    end = source.tokens.metrics.end_of_text
+    written += write_tokenizer(folder, folder, shape.to_huggingface(end), source.tokenizer())
+    return written, _metrics(written, shape, [tensor for _, tensor in tensors])
 
 
-def _refuse_overflow(weights: dict[str, Tensor]) -> None:
-    for name, weight in weights.items():
+def _refuse_overflow(weights: Iterable[tuple[str, Tensor]]) -> None:
+    for name, weight in weights:
         largest = float(weight.abs().max())
         if largest > LARGEST:
             raise InputFailure(f"{name} holds {largest:.3g}, and fp16 ends at {LARGEST:.0f}: use --dtype bf16")
 
 
-def _manifest(
-    config: ExportConfig,
-    inputs: Sequence[InputRef],
-    outputs: Sequence[FileRef],
-    shape: DecoderConfig,
-    weights: dict[str, Tensor],
-    started_at: str,
-    seconds: float,
-) -> ExportManifest:
-    files = [ref for ref in outputs if ref.path.endswith(".safetensors")]
-    return ExportManifest(
-        schema_id=ExportManifest.expected_schema(),
-        key=key_of(ExportManifest, config, inputs),
-        config=config,
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        metrics=ExportMetrics(
-            parameters=sum(weight.numel() for weight in weights.values()),
-            architecture=shape.model_type,
-            weight_files=len(files),
-            weight_bytes=sum(ref.size for ref in files),
-        ),
-        environment=environment(started_at, seconds),
+def _metrics(written: Sequence[FileRef], shape: DecoderConfig, weights: Iterable[Tensor]) -> ExportMetrics:
+    files = [ref for ref in written if ref.path.endswith(".safetensors")]
+    return ExportMetrics(
+        parameters=sum(weight.numel() for weight in weights),
+        architecture=shape.model_type,
+        weight_files=len(files),
+        weight_bytes=sum(ref.size for ref in files),
     )

@@ -31,7 +31,7 @@ from schemas.train_experts import (
     LoraConfig,
 )
 from schemas.train_seed import SeedManifest
-from stages.artifacts.adapter_folder import write_adapter
+from stages.artifacts.adapter_folder import seed_from, write_adapter
 from stages.artifacts.model_folder import read_model, write_model
 from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import Rows
@@ -151,7 +151,7 @@ def _write(
 ) -> list[FileRef]:
     """The folder of a model, or of an adapter over the seed."""
     if lora:
-        return write_adapter(folder, run_dir, SeedManifest.folder, lora, adapters(decoder))
+        return write_adapter(folder, run_dir, seed_from(folder, run_dir), lora, adapters(decoder))
     tokenizer = tokens.output("tokenizer.json").check(run_dir).read_bytes()
     return write_model(folder, run_dir, decoder.config, decoder.weights(), tokens.metrics.end_of_text, tokenizer)
 

@@ -1,7 +1,7 @@
 """A LoRA expert on disk: the folder in which `peft` keeps an adapter, and the weights it stands for.
 
-- `adapter_config.json`, which names the seed's folder by its relative path, and `adapter_model.safetensors`, which
-  `peft.PeftModel.from_pretrained` loads over the seed
+- `adapter_config.json`, which in a run names the seed's folder by its relative path, and `adapter_model.safetensors`,
+  which `peft.PeftModel.from_pretrained` loads over the seed
 - read strictly: only what `write_adapter` writes passes, every tensor by name and shape; no pickle, no code
 - the adapter belongs to one seed: its manifest holds that seed's digest, and over another it is refused
 """
@@ -20,7 +20,7 @@ from schemas.files import FileRef, write_bytes
 from schemas.strict import Strict, explain
 from schemas.train_experts import LINEARS, ExpertManifest, LoraConfig
 from schemas.train_seed import SeedManifest
-from stages.artifacts.model_folder import read_tensors, write_tensors
+from stages.artifacts.model_folder import WeightType, read_tensors, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -34,7 +34,7 @@ class PeftConfig(Strict):
 
     peft_type: Literal["LORA"] = Field("LORA", description="Kind of adapter.")
     task_type: Literal["CAUSAL_LM"] = Field("CAUSAL_LM", description="Kind of model.")
-    base_model_name_or_path: str = Field(description="The seed's folder, relative to the adapter's.")
+    base_model_name_or_path: str = Field(description="The seed: a path relative to this folder, or a name.")
     r: int = Field(gt=0, description="Rank.")
     lora_alpha: float = Field(gt=0, description="Scale times rank.")
     target_modules: tuple[str, ...] = Field(min_length=1, description="Names of the linear layers.")
@@ -43,10 +43,17 @@ class PeftConfig(Strict):
     inference_mode: Literal[True] = Field(True, description="Loaded frozen.")
 
 
-def write_adapter(folder: Path, run_dir: Path, seed_folder: str, config: LoraConfig, found: Adapters) -> list[FileRef]:
-    """Write the adapter's two files into `folder`. `seed_folder`: of the seed, in the run."""
+def seed_from(folder: Path, run_dir: Path) -> str:
+    """How the run's seed is named in `folder`: by its path relative to it."""
+    return Path(os.path.relpath(run_dir / SeedManifest.folder, folder)).as_posix()
+
+
+def write_adapter(
+    folder: Path, run_dir: Path, base: str, config: LoraConfig, found: Adapters, dtype: WeightType = "float32"
+) -> list[FileRef]:
+    """Write the adapter's two files into `folder`. `base`: what they name as the model that is adapted."""
     content = PeftConfig(
-        base_model_name_or_path=Path(os.path.relpath(run_dir / seed_folder, folder)).as_posix(),
+        base_model_name_or_path=base,
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.targets,
@@ -59,7 +66,7 @@ def write_adapter(folder: Path, run_dir: Path, seed_folder: str, config: LoraCon
     text = json.dumps({**content.model_dump(), "lora_alpha": alpha}, indent=2, sort_keys=True)
     return [
         write_bytes(folder / CONFIG, text.encode(), run_dir),
-        write_tensors(folder / WEIGHTS, tensors, run_dir, "adapter"),
+        write_tensors(folder / WEIGHTS, tensors, run_dir, "adapter", dtype),
     ]
 
 
@@ -68,8 +75,21 @@ def read_adapted(
 ) -> dict[str, Tensor]:
     """The weights of a LoRA expert, W + alpha / rank · B A, made from the seed's `weights`.
 
-    What no adapter changes is the seed's own tensor, not a copy of it. Raises UsageFailure when the adapter was trained
-    over another seed, IntegrityFailure when its files are not what they should be.
+    What no adapter changes is the seed's own tensor, not a copy of it. Raises as `read_adapter`.
+    """
+    config, found = read_adapter(run_dir, manifest, seed, weights)
+    scale = config.lora_alpha / config.r
+    changed = {name: weights[name] + scale * (b_OR @ a_RI) for name, (a_RI, b_OR) in found.items()}
+    return {**weights, **changed}
+
+
+def read_adapter(
+    run_dir: Path, manifest: ExpertManifest, seed: SeedManifest, weights: Mapping[str, Tensor]
+) -> tuple[PeftConfig, Adapters]:
+    """The adapter itself, compared with the seed's `weights`.
+
+    Raises UsageFailure when it was trained over another seed, IntegrityFailure when its files are not what they should
+    be.
     """
     config_path, weights_path = (manifest.output(name).check(run_dir) for name in (CONFIG, WEIGHTS))
     if seed.as_input() not in manifest.inputs:
@@ -78,10 +98,7 @@ def read_adapted(
             f"run `cpipe {manifest.command} {run_dir} --force`"
         )
     config = _read_config(config_path)
-    found = _read_adapters(weights_path, config, weights)
-    scale = config.lora_alpha / config.r
-    changed = {name: weights[name] + scale * (b_OR @ a_RI) for name, (a_RI, b_OR) in found.items()}
-    return {**weights, **changed}
+    return config, _read_adapters(weights_path, config, weights)
 
 
 def _read_config(path: Path) -> PeftConfig:

@@ -119,6 +119,13 @@ def write_model(
     return [
         write_bytes(folder / "config.json", _json(shape, sort_keys=True), run_dir),
         *written,
+        *write_tokenizer(folder, run_dir, shape, tokenizer_json),
+    ]
+
+
+def write_tokenizer(folder: Path, run_dir: Path, shape: Mapping[str, Any], tokenizer_json: bytes) -> list[FileRef]:
+    """Write the tokenizer of the model whose `config.json` is `shape`, so that `transformers` loads it."""
+    return [
         write_bytes(folder / "tokenizer.json", tokenizer_json, run_dir),
         write_bytes(folder / "tokenizer_config.json", _json(_tokenizer_config(shape, tokenizer_json)), run_dir),
     ]

@@ -8,10 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from schemas.export_model import ExportConfig, ExportManifest
 from schemas.failures import Failure, InputFailure, StaleFailure, UsageFailure
 from schemas.import_model import ImportConfig
-from schemas.train_experts import ExpertManifest
-from schemas.train_seed import SeedManifest
-from stages import export_model, import_model
+from schemas.train_experts import ExpertManifest, ExpertsConfig, LoraConfig
+from schemas.train_seed import SeedConfig, SeedManifest
+from stages import export_model, import_model, train_experts, train_seed
 from stages.artifacts.model_folder import read_model, read_tensors, write_model
+from stages.artifacts.run_models import RunModels
 from stages.nn.decoder import Decoder
 
 FILES = {
@@ -251,6 +252,12 @@ def test_a_changed_export_is_noticed(seeded_run, tmp_path):
         ({"folder": "x", "model": "expert:3"}, "is no model to export: expected seed, dense, average or experts/003"),
         ({"folder": "x", "model": "experts/../seed"}, "is no model to export"),
         ({"folder": "x", "max_shard_bytes": 0}, "greater than 0"),
+        ({"folder": "x", "adapter": True}, "seed has no adapter of its own: give --model experts/003"),
+        ({"folder": "x", "adapter": True, "model": "dense"}, "dense has no adapter"),
+        ({"folder": "x", "adapter": True, "model": "average"}, "average has no adapter"),
+        ({"folder": "x", "adapter": True, "model": "experts/003", "max_shard_bytes": 5}, "an adapter is one file"),
+        ({"folder": "x", "model": "experts/003", "base_model": "seed"}, "base_model is what an adapter belongs to"),
+        ({"folder": "x", "adapter": True, "model": "experts/003", "base_model": ""}, "at least 1 character"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, words):
@@ -271,3 +278,103 @@ def test_two_exports_have_the_same_bytes(seeded_run, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     first, second = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab")
     assert first["key"] == second["key"]
+
+
+LORA = LoraConfig(rank=4, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
+ADAPTER = {
+    "adapter_config.json", "adapter_model.safetensors", "manifest.json", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lora_run(seeded_run, training, tmp_path_factory):
+    """`seeded_run` with LoRA experts, that have left the seed far enough to tell, and a dense baseline. Read-only."""
+    run_dir = shutil.copytree(seeded_run, tmp_path_factory.mktemp("runs") / "lora")
+    faster = training.model_copy(update={"learning_rate": 0.05})
+    train_experts.run(ExpertsConfig(kind="lora", lora=LORA, training=faster), run_dir)
+    return run_dir
+
+
+def logits(model):
+    with torch.no_grad():
+        return getattr(found := model.eval()(some_ids()), "logits", found)
+
+
+def test_a_lora_expert_leaves_as_the_model_it_makes_of_the_seed(lora_run, tmp_path):
+    manifest = export(lora_run, tmp_path / "it", model="experts/001")
+    assert names(tmp_path / "it") == FILES
+    own = Decoder.from_weights(*RunModels.find(lora_run).decoder("experts/001"))
+    torch.testing.assert_close(logits(loaded(tmp_path / "it")), logits(own), atol=1e-5, rtol=1e-5)
+    assert manifest.metrics.parameters == SeedManifest.read(lora_run).metrics.parameters
+    assert SeedManifest.read(lora_run).as_input() in manifest.inputs
+    export(lora_run, tmp_path / "dense", model="dense")
+    assert (tmp_path / "dense" / "model.safetensors").read_bytes() == (
+        lora_run / "dense/model.safetensors"
+    ).read_bytes()
+
+
+def test_the_average_of_lora_experts_is_that_of_the_models_they_make(lora_run, tmp_path):
+    export(lora_run, tmp_path / "it", model="average")
+    found = read_tensors(tmp_path / "it" / "model.safetensors")
+    models = [RunModels.find(lora_run).decoder(f"experts/{number:03d}")[1] for number in range(3)]
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, sum(each[name] for each in models) / 3)
+    changed = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(found[changed], models[0][changed], atol=1e-4)
+
+
+def test_an_adapter_leaves_as_the_run_holds_it_with_the_tokenizer(lora_run, tmp_path):
+    manifest = export(lora_run, tmp_path / "it", model="experts/001", adapter=True)
+    assert names(tmp_path / "it") == ADAPTER
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "it" / weights).read_bytes() == (lora_run / "experts/001" / weights).read_bytes()
+    there, here = (
+        json.loads((at / "adapter_config.json").read_text()) for at in (lora_run / "experts/001", tmp_path / "it")
+    )
+    assert (tmp_path / "it" / here.pop("base_model_name_or_path")).resolve() == (lora_run / "seed").resolve()
+    assert there.pop("base_model_name_or_path") == "../../seed"
+    assert here == there
+    assert manifest.metrics.parameters == ExpertManifest.read(lora_run, "experts/001").metrics.parameters
+    assert all(ref.check(tmp_path / "it") for ref in manifest.outputs)
+    assert AutoTokenizer.from_pretrained(tmp_path / "it").eos_token_id == 0
+    assert export(lora_run, tmp_path / "it", model="experts/001", adapter=True) == manifest
+
+
+def test_an_adapter_names_the_model_it_is_told_to(lora_run, tmp_path):
+    export(lora_run, tmp_path / "it", model="experts/001", adapter=True, base_model="someone/seed", dtype="bf16")
+    named = json.loads((tmp_path / "it" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == "someone/seed"
+    tensors = read_tensors(tmp_path / "it" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_peft_puts_an_exported_adapter_over_an_exported_seed(lora_run, tmp_path, monkeypatch):
+    from peft import AutoPeftModelForCausalLM, PeftModel
+
+    export(lora_run, tmp_path / "seed")
+    export(lora_run, tmp_path / "merged", model="experts/002")
+    export(lora_run, tmp_path / "adapter", model="experts/002", adapter=True, base_model="../seed")
+    adapted = PeftModel.from_pretrained(loaded(tmp_path / "seed"), tmp_path / "adapter")
+    own = logits(Decoder.from_weights(*RunModels.find(lora_run).decoder("experts/002")))
+    torch.testing.assert_close(logits(adapted), own, atol=1e-5, rtol=0)
+    assert (own - logits(loaded(tmp_path / "seed"))).abs().max() > 0.03
+    torch.testing.assert_close(
+        logits(adapted.merge_and_unload()), logits(loaded(tmp_path / "merged")), atol=1e-5, rtol=0
+    )
+    monkeypatch.chdir(tmp_path / "adapter")  # from where `peft` follows the relative path
+    torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(".")), own, atol=1e-5, rtol=0)
+
+
+def test_a_whole_expert_is_no_adapter(expert_run, tmp_path):
+    words = refusal(UsageFailure, expert_run, tmp_path / "it", model="experts/001", adapter=True)
+    assert words.endswith("experts/001 is a whole model, not an adapter: leave out --adapter")
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter": True}])
+def test_an_adapter_of_another_seed_does_not_leave(settings, lora_run, copied_run, shape, training, tmp_path):
+    run_dir = copied_run(lora_run)
+    train_seed.run(SeedConfig(model=shape, training=training.model_copy(update={"seed": 5})), run_dir, force=True)
+    words = refusal(UsageFailure, run_dir, tmp_path / "it", model="experts/001", **settings)
+    assert "experts/001 is an adapter of another seed than is there now" in words
