@@ -97,10 +97,16 @@ def plan_settings(run_dir: Path, file: Path | None, flags: Mapping[str, Any]) ->
         ]
         for command in ("tokenize", "cluster", "train-seed", "train-experts", "train-gates", "compose")
     }
+    imported = None
+    if "import" in tables:
+        imported = tables["import"][-1].get("source") or True
+    elif "train-seed" in tables:
+        imported = False
     return validated(
         PlanConfig,
         {
             **flags,
+            "imported": imported,
             "seed": found["train-seed"][-1].model_dump(mode="json"),
             "experts": found["train-experts"][-1].model_dump(mode="json"),
             "gates": found["train-gates"][-1].model_dump(mode="json"),

@@ -165,7 +165,7 @@ def _other_folders(run_dir: Path, known: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def show_plan(plan: "Plan", *, as_json: bool) -> None:
-    """A line per training, and under them what the times rest on. States: weights, gradients and AdamW's averages."""
+    """A line per training, under them what the times rest on. States: weights, their copies, gradients, averages."""
     if as_json:
         print(plan.model_dump_json(indent=2))
         return

@@ -16,6 +16,11 @@ class PlanConfig(Config):
     experts: ExpertsConfig = Field(ExpertsConfig(), description="The experts' and the dense baseline's.")
     gates: GatesConfig = Field(GatesConfig(), description="The gates'.")
     compositions: tuple[ComposeConfig, ...] = Field((ComposeConfig(),), description="The central models'.")
+    imported: str | bool | None = Field(
+        None,
+        description="Whether the seed is imported, so that no training of it is planned; or hf:FOLDER, which it is. "
+        "Default: as the run has it.",
+    )
     vocab_size: int = Field(8192, gt=0, description="Token ids, where there are no tokens yet.")
     clusters: int = Field(8, gt=0, description="Experts, where there are no clusters yet.")
     processes: int = Field(1, gt=0, description="Devices that train together.")
@@ -30,9 +35,11 @@ class Memory(Strict):
 
     weights: int = Field(description="fp32; those that are frozen too.")
     gradients: int = Field(description="fp32.")
-    optimizer: int = Field(description="AdamW's two averages, fp32.")
+    optimizer: int = Field(description="AdamW's two averages, fp32; none where they are offloaded.")
+    copies: int = Field(description="Weights in half precision, which autocast keeps for the backward pass.")
     activations: int = Field(description="Of one micro-batch, kept for the backward pass.")
     total: int = Field(description="All of them.")
+    host: int = Field(description="What goes to the processor's memory instead, with all an offloaded optimizer needs.")
 
 
 class PlannedTraining(Strict):
@@ -44,8 +51,11 @@ class PlannedTraining(Strict):
     trained_parameters: int = Field(description="Those that change.")
     tokens: int = Field(description="Tokens one is trained on.")
     epochs: float | None = Field(description="How often it sees its text, on average; null while there is none.")
-    flops: float = Field(description="Floating point operations of one, forward and backward.")
-    precision: str = Field(description="fp32 or bf16, on this machine where it is auto.")
+    flops: float = Field(
+        description="Floating point operations of one, forward and backward, and forward again where activations are "
+        "checkpointed."
+    )
+    precision: str = Field(description="fp32, bf16 or fp16, on this machine where it is auto.")
     zero_stage: int = Field(description="DeepSpeed's ZeRO stage.")
     micro_batch_size: int = Field(description="Rows in one forward pass of one device.")
     memory: Memory = Field(description="On each device.")

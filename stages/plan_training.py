@@ -3,8 +3,10 @@
 - shapes come from what the run holds already, else from the settings; every model is built without content, and one
   step of it is counted: so FLOPs, frozen parts and activations are those of the code that will run
 - memory: 4 bytes a weight, 4 a gradient, 8 for AdamW's averages, the latter divided among devices by ZeRO's stage 1, 2
-  and 3 (Rajbhandari et al. 2020, section 3, for fp32 throughout), and what autograd keeps of one micro-batch. What the
-  libraries themselves take comes on top
+  and 3 (Rajbhandari et al. 2020, section 3, for fp32 throughout), and what autograd and autocast keep of one
+  micro-batch. What the libraries themselves take comes on top
+- an offloaded optimizer has 16 bytes for each weight it steps in the processor's memory: weight, gradient, averages
+  (Ren et al. 2021, section 4.1, for fp32 throughout)
 - time: FLOPs over what this device does with a few real steps of the seed, or over a speed that is given
 """
 
@@ -30,6 +32,7 @@ from schemas.train_experts import LoraConfig
 from schemas.train_gates import GateMode
 from schemas.train_seed import SeedManifest
 from schemas.training import TrainingConfig
+from stages.artifacts.huggingface_folder import HuggingFaceFolder, local_folder
 from stages.engine.checkpoints import KEPT
 from stages.engine.engines import start_engine
 from stages.engine.precision import choose_precision
@@ -61,11 +64,14 @@ class Job:
 def run(config: PlanConfig, run_dir: Path) -> Plan:
     """Count the trainings that `config` asks for. Raises UsageFailure for a batch that cannot be divided."""
     tokens, clusters = _maybe(TokenizeManifest, run_dir), _maybe(ClusterManifest, run_dir)
-    shape = _seed_shape(config, run_dir, tokens)
+    seed = _seed(config, run_dir)
+    shape = _seed_shape(config, run_dir, seed, tokens)
+    first = config.experts.training if _is_imported(config, seed) else config.seed.training
     experts = clusters.config.clusters if clusters else config.clusters
     text = tokens.metrics.train.tokens + tokens.metrics.train.documents if tokens else None  # an end after each
-    speed = config.flops_per_second or _measure(config, shape)
-    planned = tuple(_plan(job, config.processes, shape, text, speed) for job in _jobs(config, shape, experts))
+    speed = config.flops_per_second or _measure(first, shape, config.seconds)
+    jobs = _jobs(config, shape, experts, seed)
+    planned = tuple(_plan(job, config.processes, shape, text, speed) for job in jobs)
     return Plan(
         trainings=planned,
         flops_per_second=speed,
@@ -88,9 +94,29 @@ def _unknown(
         yield f"experts: no clusters in {run_dir} yet, so {experts} are taken from the settings"
 
 
-def _seed_shape(config: PlanConfig, run_dir: Path, tokens: TokenizeManifest | None) -> DecoderConfig:
-    if seed := _maybe(SeedManifest, run_dir):
+def _seed(config: PlanConfig, run_dir: Path) -> SeedManifest | None:
+    """The run's seed, but not one that was imported where it is to be trained, nor the other way round."""
+    seed = _maybe(SeedManifest, run_dir)
+    if seed and config.imported is not None and bool(config.imported) != (seed.metrics.training is None):
+        return None
+    return seed
+
+
+def _is_imported(config: PlanConfig, seed: SeedManifest | None) -> bool:
+    return bool(config.imported) or (seed is not None and seed.metrics.training is None)
+
+
+def _seed_shape(
+    config: PlanConfig, run_dir: Path, seed: SeedManifest | None, tokens: TokenizeManifest | None
+) -> DecoderConfig:
+    if seed:
         return DecoderConfig.from_huggingface(json.loads(seed.output("config.json").check(run_dir).read_text()))
+    if isinstance(config.imported, str):
+        return HuggingFaceFolder(local_folder(config.imported)).config()
+    if config.imported:
+        raise UsageFailure(
+            f"no seed in {run_dir}, and no model to import is named: run `cpipe import {run_dir} hf:FOLDER`"
+        )
     return DecoderConfig(
         **config.seed.model.model_dump(),
         vocab_size=tokens.metrics.vocab_size if tokens else config.vocab_size,
@@ -98,12 +124,13 @@ def _seed_shape(config: PlanConfig, run_dir: Path, tokens: TokenizeManifest | No
     )
 
 
-def _jobs(config: PlanConfig, shape: DecoderConfig, experts: int) -> Iterator[Job]:
+def _jobs(config: PlanConfig, shape: DecoderConfig, experts: int, seed: SeedManifest | None) -> Iterator[Job]:
     decoder = partial(_next_token, shape)
     whole = config.experts.training
     if whole.batch_size % experts:
         raise UsageFailure(f"a batch of {whole.batch_size} rows does not divide among {experts} experts")
-    yield Job("seed", 1, decoder, config.seed.training)
+    if not _is_imported(config, seed):
+        yield Job("seed", 1, decoder, config.seed.training)
     share = whole.model_copy(update={"batch_size": whole.batch_size // experts})
     adapted = partial(_adapted, shape, config.experts.lora) if config.experts.kind == "lora" else decoder
     yield Job("experts", experts, adapted, share, share=1 / experts)
@@ -175,7 +202,8 @@ def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, spee
         )
     precision = choose_precision(training, find_place())
     length = training.sequence_length
-    cost = cost_of_pass(job.make, micro, length, bf16=precision == "bf16")
+    recompute = training.activation_checkpointing
+    cost = cost_of_pass(job.make, micro, length, half=precision != "fp32", recompute=recompute)
     tokens = training.steps * training.batch_size * length
     flops = cost.flops / (micro * length) * tokens
     return PlannedTraining(
@@ -189,38 +217,44 @@ def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, spee
         precision=precision,
         zero_stage=training.zero_stage,
         micro_batch_size=micro,
-        memory=_memory(cost, training.zero_stage, processes, LOGITS * micro * length * shape.vocab_size * FP32),
+        memory=_memory(cost, training, processes, LOGITS * micro * length * shape.vocab_size * FP32),
         disk=FP32 * cost.trained * (1 + 3 * (KEPT + 1)),  # the newest is written before the oldest goes
         seconds=job.count * flops / (speed * processes),
     )
 
 
-def _memory(cost: PassCost, stage: int, processes: int, logits: int) -> Memory:
+def _memory(cost: PassCost, training: TrainingConfig, processes: int, logits: int) -> Memory:
     """Bytes on one device."""
+    stage, offloaded = training.zero_stage, training.offload_optimizer != "none"
     weights = FP32 * cost.parameters // (processes if stage == 3 else 1)
     gradients = FP32 * cost.trained // (processes if stage >= 2 else 1)
-    optimizer = 2 * FP32 * cost.trained // (processes if stage >= 1 else 1)
+    stepped = cost.trained // (processes if stage >= 1 else 1)
+    optimizer = 0 if offloaded else 2 * FP32 * stepped
     activations = max(cost.kept, logits)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
+        copies=cost.copies,
         activations=activations,
-        total=weights + gradients + optimizer + activations,
+        total=weights + gradients + optimizer + cost.copies + activations,
+        host=4 * FP32 * stepped if offloaded else 0,
     )
 
 
-def _measure(config: PlanConfig, shape: DecoderConfig) -> float:
-    """FLOP/s of real steps of the seed on this device."""
-    training = config.seed.training.model_copy(update={"zero_stage": 0, "engine": "torch"})
+def _measure(asked: TrainingConfig, shape: DecoderConfig, seconds: float) -> float:
+    """FLOP/s of real steps of the seed on this device, measured for so long."""
+    alone = {"zero_stage": 0, "offload_optimizer": "none", "deepspeed": None, "engine": "torch", "compile": "off"}
+    training = asked.model_copy(update=alone)
     place = find_place()
     micro = min(training.micro_batch_size or training.batch_size, training.batch_size)
-    engine = start_engine(_next_token(shape), training.model_copy(update={"compile": "off"}), place)
+    engine = start_engine(_next_token(shape), training, place)
     ids = torch.randint(shape.vocab_size, (micro, training.sequence_length + 1), device=place.device)
     engine.step([ids], 0.0)  # what only the first step does is not measured
     started, done = time.monotonic(), 0
-    while not done or time.monotonic() - started < config.seconds:
+    while not done or time.monotonic() - started < seconds:
         engine.step([ids], 0.0)  # reads the gradient's norm, so the device has finished
         done += 1
-    seconds = (time.monotonic() - started) / done
-    return cost_of_pass(partial(_next_token, shape), micro, training.sequence_length, bf16=False).flops / seconds
+    taken, recompute = (time.monotonic() - started) / done, training.activation_checkpointing
+    cost = cost_of_pass(partial(_next_token, shape), micro, training.sequence_length, half=False, recompute=recompute)
+    return cost.flops / taken

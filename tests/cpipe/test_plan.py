@@ -1,5 +1,9 @@
 import json
 
+import pytest
+
+from cpipe.settings import plan_settings
+
 
 def test_a_plan_for_scripts_follows_the_settings_file_and_a_table_is_for_people(cpipe, piped_run):
     result = cpipe("plan", piped_run, "--flops-per-second", "1e9", "--json")
@@ -40,3 +44,17 @@ def test_prompts_of_a_file_are_printed_in_order(cpipe, line, piped_run, tmp_path
     assert result.exit_code == 3 and "cannot read prompts" in line(result)
     result = cpipe(*words, "--prompt", "a")
     assert result.exit_code == 2 and "leave one of them" in line(result)
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ("", None),
+        ("[train-seed]", False),
+        ("[import]", True),
+        ('[import]\nsource = "hf:there"', "hf:there"),
+    ],
+)
+def test_the_settings_say_whether_the_seed_is_imported(tables, expected, tmp_path):
+    (tmp_path / "cpipe.toml").write_text(tables)
+    assert plan_settings(tmp_path, None, {}).imported == expected
