@@ -46,7 +46,8 @@ class TrainingConfig(Config):
         "auto", description="DeepSpeed, or plain torch on one device; auto takes DeepSpeed where it is installed."
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile, which changes the last bits; auto is on for CUDA from 1,000 steps on."
+        "auto",
+        description="torch.compile, which changes the last bits; auto is on for decoders on CUDA from 1,000 steps on.",
     )
     zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed's ZeRO stage: what is sharded over processes.")
     offload_optimizer: Literal["none", "cpu"] = Field(

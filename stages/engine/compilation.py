@@ -1,11 +1,20 @@
-"""Whether a module is compiled before it is trained.
+"""Whether a module is compiled before it is trained, and where what the compiler makes lies.
 
-- compiling takes tens of seconds and changes the last bits: `auto` does it on CUDA in long runs only; on CPU somebody
-  has to say so. benchmarks/bench_train.py prints what it gains
+- compiling takes tens of seconds and changes the last bits: `auto` does it on CUDA in long runs only, for modules that
+  say that it pays for them; on CPU somebody has to say so. benchmarks/bench_train.py prints what it gains
+- torch's cache is shared by all processes of a user, and one that is killed can leave half a file in it, on which every
+  later start fails: each training has a cache of its own, that begins empty and ends with it
+- nothing is loaded from the cache of an earlier start: it holds machine code and pickles, which a run that comes from
+  elsewhere could bring along
 """
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from torch import nn
 
 from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
@@ -14,10 +23,14 @@ from stages.engine.processes import Place
 WORTH_COMPILING = 1000  # steps
 
 
-def choose_compile(config: TrainingConfig, place: Place) -> bool:
-    """What `auto` stands for on this device. Raises UsageFailure where compiling is asked for and cannot be."""
+def choose_compile(config: TrainingConfig, place: Place, module: nn.Module) -> bool:
+    """What `auto` stands for on this device, for a module that may say `worth_compiling`.
+
+    Raises UsageFailure where compiling is asked for and cannot be.
+    """
     if config.compile == "auto":
-        return place.device.type == "cuda" and config.steps >= WORTH_COMPILING and config.zero_stage < 3
+        long = config.steps >= WORTH_COMPILING and getattr(module, "worth_compiling", False)
+        return place.device.type == "cuda" and long and config.zero_stage < 3
     if config.compile == "off":
         return False
     if config.zero_stage == 3:
@@ -26,3 +39,22 @@ def choose_compile(config: TrainingConfig, place: Place) -> bool:
     if not shutil.which(compiler):
         raise UsageFailure(f"--compile on needs a C++ compiler, and there is no {compiler}: install it, or set CXX")
     return True
+
+
+@contextmanager
+def compiler_cache(folder: Path, *, needed: bool) -> Iterator[None]:
+    """Have what is compiled in the block lie in `folder`, which is emptied first and removed at the end."""
+    if not needed:
+        yield
+        return
+    from torch._inductor import utils  # slow to import, and for nothing where nothing is compiled
+
+    shutil.rmtree(folder, ignore_errors=True)  # of a training that was killed
+    folder.mkdir(parents=True)
+    fresh_cache = getattr(utils, "fresh_cache", None) or getattr(utils, "fresh_inductor_cache")  # noqa: B009  # before torch 2.8
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        cache = ExitStack()
+        stack.callback(cache.close)  # not told of a failure, for which it would keep the files and say so
+        cache.enter_context(fresh_cache(dir=str(folder.resolve()), delete=False))
+        yield

@@ -50,7 +50,7 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
     if precision == "fp16" and place.device.type == "cpu":
         logger.warning("fp16 is emulated on this processor, and slower than fp32: it is of use on GPUs only")
     wrapped = Autocast(module, place.device, precision).to(place.device)
-    if choose_compile(config, place):
+    if choose_compile(config, place, module):
         wrapped.compile()
     optimizers, scale = build_optimizers(wrapped, config), LossScale(precision)
     if name == "torch":

@@ -20,7 +20,7 @@ from schemas.failures import InterruptedFailure, UsageFailure
 from schemas.training import TrainingConfig, TrainingMetrics
 from stages.engine import checkpoints
 from stages.engine.checkpoints import Progress
-from stages.engine.compilation import choose_compile
+from stages.engine.compilation import choose_compile, compiler_cache
 from stages.engine.course import Course
 from stages.engine.engines import Engine, start_engine
 from stages.engine.precision import choose_precision
@@ -47,10 +47,14 @@ def train(
     place = find_place()
     _check_division(config, place)
     engine = start_engine(module, config, place)
-    saved = folder / "checkpoints"
+    saved, compiled = folder / "checkpoints", choose_compile(config, place, module)
     course = Course(_resume(engine, saved, label), config, label, batch_at)
     deadline = Deadline(config.max_minutes)
-    with Reporter(label, folder, config, course.step, place) as reporter, stop_requested() as stopping:
+    with (
+        compiler_cache(saved / f"compiled-{place.rank}", needed=compiled),
+        Reporter(label, folder, config, course.step, place) as reporter,
+        stop_requested() as stopping,
+    ):
         for step in range(course.step, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)
             rate = learning_rate(step, config)
@@ -67,7 +71,7 @@ def train(
     _load_final(module, engine)
     if place.rank == 0:
         shutil.rmtree(saved, ignore_errors=True)
-    return _metrics(course, config, engine, place)
+    return _metrics(course, config, engine, choose_precision(config, place), compiled)
 
 
 def _check_division(config: TrainingConfig, place: Place) -> None:
@@ -111,7 +115,7 @@ def _load_final(module: nn.Module, engine: Engine) -> None:
             parameter.data = state[f"weight/{name}"].to(parameter.device).clone()
 
 
-def _metrics(course: Course, config: TrainingConfig, engine: Engine, place: Place) -> TrainingMetrics:
+def _metrics(course: Course, config: TrainingConfig, engine: Engine, precision: str, compiled: bool) -> TrainingMetrics:
     losses = course.losses
     last = losses[-max(1, len(losses) // 20) :]
     every = max(1, len(losses) // CURVE_POINTS)
@@ -124,6 +128,6 @@ def _metrics(course: Course, config: TrainingConfig, engine: Engine, place: Plac
         curve=tuple(sum(piece) / len(piece) for piece in pieces),
         skipped=course.skipped,
         engine=engine.name,
-        precision=choose_precision(config, place),
-        compiled=choose_compile(config, place),
+        precision=precision,
+        compiled=compiled,
     )

@@ -122,6 +122,8 @@ class Decoder(nn.Module):
 class NextTokenLoss(nn.Module):
     """Mean cross-entropy of the next token, in nats: what a decoder is trained to lower."""
 
+    worth_compiling = True  # one graph of large products; gates and composed models have many, of changing shapes
+
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder

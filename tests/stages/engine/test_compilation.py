@@ -1,12 +1,20 @@
+import os
+import subprocess
+import sys
+
 import pytest
+import safetensors.torch
 import torch
 import torch._dynamo
+import toy_training
 from toy_training import Toy, batch_at, config, weights
 
+from schemas.decoder import DecoderConfig
 from schemas.failures import InterruptedFailure, UsageFailure
 from stages.engine import loop
-from stages.engine.compilation import WORTH_COMPILING, choose_compile
+from stages.engine.compilation import WORTH_COMPILING, choose_compile, compiler_cache
 from stages.engine.processes import Place
+from stages.nn.decoder import Decoder, NextTokenLoss
 
 CPU, CUDA = (Place(0, 0, 1, torch.device(device)) for device in ("cpu", "cuda"))
 
@@ -23,17 +31,27 @@ CPU, CUDA = (Place(0, 0, 1, torch.device(device)) for device in ("cpu", "cuda"))
         (CPU, {"compile": "on"}, True),
     ],
 )
-def test_auto_compiles_long_runs_on_cuda_only(place, changes, expected):
-    assert choose_compile(config(engine="deepspeed", **changes), place) is expected
+def test_auto_compiles_long_runs_of_decoders_on_cuda_only(place, changes, expected):
+    settings = config(engine="deepspeed", **changes)
+    assert choose_compile(settings, place, next_token_loss()) is expected
+    assert choose_compile(settings, place, Toy()) is (expected and settings.compile == "on")
+
+
+def next_token_loss():
+    shape = DecoderConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        vocab_size=9, max_position_embeddings=8,
+    )  # fmt: skip
+    return NextTokenLoss(Decoder(shape))
 
 
 def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch):
     with pytest.raises(UsageFailure, match="--compile on does not go with ZeRO 3"):
-        choose_compile(config(engine="deepspeed", zero_stage=3, compile="on"), CPU)
+        choose_compile(config(engine="deepspeed", zero_stage=3, compile="on"), CPU, Toy())
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UsageFailure, match="needs a C\\+\\+ compiler, and there is no no-such-compiler"):
-        choose_compile(config(compile="on"), CPU)
-    assert choose_compile(config(compile="off"), CPU) is False
+        choose_compile(config(compile="on"), CPU, Toy())
+    assert choose_compile(config(compile="off"), CPU, Toy()) is False
 
 
 @pytest.mark.slow
@@ -73,3 +91,48 @@ def test_a_compiled_module_is_compiled(tmp_path):
         loop.train(Toy(), batch_at, config(compile=compiled, steps=2), tmp_path, "toy")
         graphs[compiled] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs["on"] > graphs["off"] == 0
+
+
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def test_what_is_compiled_lies_in_a_folder_of_its_own_that_begins_empty_and_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHES[0], "shared")
+    monkeypatch.delenv(CACHES[1], raising=False)
+    folder = tmp_path / "checkpoints" / "compiled-0"
+    folder.mkdir(parents=True)
+    (folder / "left.so").write_text("half a f")
+    with pytest.raises(RuntimeError, match="stops"), compiler_cache(folder, needed=True):
+        assert not (folder / "left.so").exists()
+        assert all(os.environ[name].startswith(str(folder)) for name in CACHES)
+        raise RuntimeError("stops")
+    assert not folder.exists()
+    assert (os.environ[CACHES[0]], os.environ.get(CACHES[1])) == ("shared", None)
+    with compiler_cache(folder, needed=False):
+        assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_half_files_of_a_killed_compiler_do_not_matter(tmp_path):
+    shared, settings = tmp_path / "shared", config(compile="on").model_dump_json()
+
+    def trained(name, **environment):
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, toy_training.__file__, str(tmp_path / name), settings]
+        own = {**os.environ, CACHES[0]: str(shared), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+        return subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
+
+    assert trained("whole").returncode == 0
+    assert trained("killed", DEATH="5", KILL="1").returncode == -9
+    left = list((tmp_path / "killed/checkpoints/compiled-0").rglob("*.so"))
+    assert left
+    for path in left:
+        path.write_bytes(path.read_bytes()[:100])
+    again = trained("killed")
+    assert again.returncode == 0, again.stderr
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+    whole, resumed = (
+        safetensors.torch.load_file(tmp_path / name / "weights-0-0.safetensors") for name in ("whole", "killed")
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert not list(shared.rglob("*.so"))

@@ -1,12 +1,13 @@
 """A model small enough to train in milliseconds, for tests in this process and in others.
 
 python toy_training.py FOLDER CONFIG-JSON...: trains in FOLDER once with each config, and writes the weights there.
-At step `DEATH` it ends, at the steps `BAD` a row is bad.
+At step `DEATH` it ends, or with `KILL` is killed, at the steps `BAD` a row is bad.
 Every step leaves its number in FOLDER/step-RANK, and takes `PAUSE` seconds.
 """
 
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -83,7 +84,7 @@ def main():
     def batch_with_trace(step):
         (folder / f"step-{rank}").write_text(str(step))
         if step == int(os.environ.get("DEATH", "-1")):
-            sys.exit(9)
+            os.kill(os.getpid(), signal.SIGKILL) if "KILL" in os.environ else sys.exit(9)
         time.sleep(float(os.environ.get("PAUSE", "0")))
         return batches(step)
 
