@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpipe.housekeeping import add_commands
+from cpipe.housekeeping import AsJson, Run, SettingsFile, add_commands
 from cpipe.pipeline import BY_COMMAND, EXCHANGE, PIPELINE, STAGES, TABLES, Stage, part_of_pipeline
 
 if TYPE_CHECKING:
     from schemas.manifest import Manifest
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
-SettingsFile = Annotated[Path | None, typer.Option("--settings", help="TOML file instead of RUN/cpipe.toml.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although it is finished.")]
 ForceStale = Annotated[bool, typer.Option("--force", help="Repeat stages finished with other settings or inputs.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Inputs = Annotated[list[str] | None, typer.Argument(help="Text, as for `cpipe tokenize`.")]
 Start = Annotated[str | None, typer.Option("--from", help="First stage to run; those before are taken as they are.")]
 Until = Annotated[str | None, typer.Option(help="Last stage to run.")]
@@ -48,7 +45,6 @@ def build_app(asked: str | None = None) -> typer.Typer:
     app.command("generate", help=GENERATE_HELP)(generate)
     app.command("route", help=ROUTE_HELP)(_route_command() if asked in (None, "route") else _without_flags)
     app.command("run")(run)
-    app.command("plan")(plan)
     app.command("slurm")(slurm)
     app.command("status")(status)
     app.command("demo")(demo)
@@ -233,26 +229,6 @@ def slurm(
 
         rows = submit_jobs(config, run, force=force)
     show_jobs(rows, run, as_json=as_json)
-
-
-def plan(
-    run: Run,
-    processes: Annotated[int, typer.Option(help="Devices that train together.")] = 1,
-    flops_per_second: Annotated[float | None, typer.Option(help="Speed of a device; default: measured here.")] = None,
-    settings: SettingsFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print what the settings would train and what it costs: FLOPs, memory, disk, time. Writes nothing."""
-    from cpipe.console import session
-    from cpipe.settings import plan_settings
-    from cpipe.show import show_plan
-
-    with session(run, "plan", log=False):
-        config = plan_settings(run, settings, {"processes": processes, "flops_per_second": flops_per_second})
-        from stages.plan_training import run as make_plan
-
-        found = make_plan(config, run)
-    show_plan(found, as_json=as_json)
 
 
 def status(

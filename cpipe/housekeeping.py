@@ -1,4 +1,4 @@
-"""The commands that look after a run: settings to begin with, a check of everything in it, room, its report.
+"""The commands that look after a run: settings to begin with and their cost, a check of all files, room, its report.
 
 - as in `cpipe.app`, what a command needs is imported inside it
 """
@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
+SettingsFile = Annotated[Path | None, typer.Option("--settings", help="TOML file instead of RUN/cpipe.toml.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to the app."""
     app.command("init")(init)
+    app.command("plan")(plan)
     app.command("verify")(verify)
     app.command("clean")(clean)
     app.command("schema")(schema)
@@ -35,6 +37,26 @@ def init(run: Run) -> None:
             raise UsageFailure(f"{path} is there already: change it, or remove it and begin anew")
         write_bytes(path, settings_template().encode(), run)
     print(path)
+
+
+def plan(
+    run: Run,
+    processes: Annotated[int, typer.Option(help="Devices that train together.")] = 1,
+    flops_per_second: Annotated[float | None, typer.Option(help="Speed of a device; default: measured here.")] = None,
+    settings: SettingsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the settings would train and what it costs: FLOPs, memory, disk, time. Writes nothing."""
+    from cpipe.console import session
+    from cpipe.settings import plan_settings
+    from cpipe.show import show_plan
+
+    with session(run, "plan", log=False):
+        config = plan_settings(run, settings, {"processes": processes, "flops_per_second": flops_per_second})
+        from stages.plan_training import run as make_plan
+
+        found = make_plan(config, run)
+    show_plan(found, as_json=as_json)
 
 
 def verify(

@@ -15,7 +15,7 @@ from schemas.generate_text import GenerateConfig
 HEAVY = ("torch", "deepspeed", "pyarrow", "polars", "tokenizers", "sklearn", "numpy", "safetensors", "matplotlib")
 COMMANDS = [
     "collect", "tokenize", "cluster", "train-seed", "train-experts", "train-gates", "compose", "evaluate", "import",
-    "export", "generate", "route", "run", "plan", "slurm", "status", "demo", "init", "verify", "clean", "schema",
+    "export", "generate", "route", "run", "slurm", "status", "demo", "init", "plan", "verify", "clean", "schema",
     "report",
 ]  # fmt: skip
 SHARED = {"settings", "force", "as_json"}
