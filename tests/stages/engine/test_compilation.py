@@ -97,7 +97,7 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 def test_what_is_compiled_lies_in_a_folder_of_its_own_that_begins_empty_and_goes(tmp_path, monkeypatch):
-    monkeypatch.setenv(CACHES[0], "shared")
+    monkeypatch.setenv(CACHES[0], str(tmp_path / "shared"))  # absolute, as torch makes it
     monkeypatch.delenv(CACHES[1], raising=False)
     folder = tmp_path / "checkpoints" / "compiled-0"
     folder.mkdir(parents=True)
@@ -107,7 +107,7 @@ def test_what_is_compiled_lies_in_a_folder_of_its_own_that_begins_empty_and_goes
         assert all(os.environ[name].startswith(str(folder)) for name in CACHES)
         raise RuntimeError("stops")
     assert not folder.exists()
-    assert (os.environ[CACHES[0]], os.environ.get(CACHES[1])) == ("shared", None)
+    assert (os.environ[CACHES[0]], os.environ.get(CACHES[1])) == (str(tmp_path / "shared"), None)
     with compiler_cache(folder, needed=False):
         assert not folder.exists()
 
