@@ -27,6 +27,7 @@ import torch
 from loguru import logger
 
 import schemas.failures
+from schemas import launch
 from schemas.failures import Failure, InterruptedFailure, ResourceFailure
 from schemas.launch import launched_as
 from stages.engine.stopping import SIGNALS, stop_requested
@@ -148,7 +149,7 @@ def _devices() -> list[str]:
 def _start(member: Member, slot: int, device: str | None, threads: int) -> Running:
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(member, device, threads, sending), name=member.name)
+    process = context.Process(target=_work, args=(member, device, threads, launch.STARTED, sending), name=member.name)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the new process inherits it, until it can listen
     try:
         process.start()
@@ -190,8 +191,9 @@ def _ended(one: Running) -> Failure | None:
 # In the process of a member
 
 
-def _work(member: Member, device: str | None, threads: int, connection: Connection) -> None:
+def _work(member: Member, device: str | None, threads: int, started: float, connection: Connection) -> None:
     os.setpgrp()
+    launch.STARTED = started  # of the command, not of this process
     _keep_signals()
     _write_to(member.log, connection)
     if device is not None:

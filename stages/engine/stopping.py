@@ -1,7 +1,8 @@
 """When a training stops before its end, with a checkpoint: a signal came, or the time it was given runs out.
 
 - SIGTERM and SIGINT; SIGUSR1 is what `sbatch --signal=USR1@60` sends before Slurm ends a job or takes its nodes away
-- time is kept from the start of the command, as a job's limit is, also where one command trains several models
+- time is kept from the start of the command, as a job's limit is, also where one command trains several models, and
+  where each has a process of its own: the monotonic clock is the machine's, not the process's
 """
 
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from schemas.launch import STARTED
+from schemas import launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -19,7 +20,7 @@ class Deadline:
     """Says when the step after this one, or the checkpoint, could end too late."""
 
     def __init__(self, minutes: float | None) -> None:
-        self._end = None if minutes is None else STARTED + 60 * minutes
+        self._end = None if minutes is None else launch.STARTED + 60 * minutes
         self._last = time.monotonic()
         self._longest = 0.0  # of a step, with the checkpoint and whatever else came with it
 

@@ -17,8 +17,9 @@ from test_engines import ENGINES, assert_close, reference
 from torch import nn
 from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 
+from schemas import launch
 from schemas.failures import DivergedFailure, InterruptedFailure, UsageFailure
-from stages.engine import checkpoints, stopping
+from stages.engine import checkpoints
 from stages.engine.loop import train
 from stages.engine.precision import LossScale
 from stages.engine.schedule import learning_rate
@@ -256,7 +257,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume_from(number, e
 
 def test_the_time_given_ends_a_training_before_it_is_over(tmp_path, monkeypatch):
     expected = trained(tmp_path / "whole")
-    monkeypatch.setattr(stopping, "STARTED", time.monotonic() - 60)  # the command began a minute ago
+    monkeypatch.setattr(launch, "STARTED", time.monotonic() - 60)  # the command began a minute ago
     (tmp_path / "cut").mkdir()
 
     def batches(step):
@@ -266,7 +267,7 @@ def test_the_time_given_ends_a_training_before_it_is_over(tmp_path, monkeypatch)
     with pytest.raises(InterruptedFailure, match=r"toy stopped after step [1-6]: run the same command") as stopped:
         train(Toy(dropout=0.2), batches, config(max_minutes=1 + 2 / 60), tmp_path / "cut", "toy")
     assert stopped.value.exit_code == 75
-    assert time.monotonic() - stopping.STARTED < 62
+    assert time.monotonic() - launch.STARTED < 62
     assert_same(trained(tmp_path / "cut"), expected)
 
 

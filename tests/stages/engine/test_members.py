@@ -15,6 +15,7 @@ import toy_members
 from loguru import logger
 from toy_members import STEPS, member
 
+from schemas import launch
 from schemas.failures import DivergedFailure, Failure, InterruptedFailure, ResourceFailure
 from stages.engine import checkpoints
 from stages.engine.members import Member, members_at_once, train_members
@@ -40,6 +41,17 @@ def test_threads_are_divided_by_how_many_may_run_whatever_is_left_to_train(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     (alone,) = told(tmp_path, "a", at_once=2)
     assert alone["threads"] == 3
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_the_time_given_counts_from_the_start_of_the_command_in_every_process(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = time.monotonic() - 3600
+    monkeypatch.setattr(launch, "STARTED", began)
+    (found,) = told(tmp_path, "a", at_once=at_once)
+    assert found["counts_from"] == began
+    assert found["begun"] - began < 3660  # the clock of a process is its parent's
 
 
 def test_one_at_a_time_is_this_process_with_all_its_threads(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from toy_training import Toy, batch_at, config, weights
 
+from schemas import launch
 from schemas.failures import DivergedFailure, Failure
 from stages.engine.loop import train
 from stages.engine.members import Member, train_members
@@ -49,6 +50,7 @@ def tell(folder: Path, name: str) -> None:
         "group": os.getpgid(0),
         "threads": torch.get_num_threads(),
         "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "counts_from": launch.STARTED,
         "begun": begun,
         "ended": time.monotonic(),
     }
