@@ -62,7 +62,12 @@ class TrainingConfig(Config):
     activation_checkpointing: bool = runtime_setting(
         False, "Compute each layer's inside once more for the gradient, to keep less of it in memory."
     )
-    checkpoint_every: int = runtime_setting(200, "Steps between checkpoints from which a killed run resumes.", gt=0)
+    checkpoint_every: int = runtime_setting(
+        200,
+        "Steps between checkpoints from which a killed run resumes; training waits for a copy of weights and averages "
+        "in memory, which a thread writes.",
+        gt=0,
+    )
     tensorboard: bool = runtime_setting(True, "Write event files for TensorBoard to `tensorboard/` by metrics.jsonl.")
     wandb: bool = runtime_setting(
         False, "Also log to Weights & Biases; its own variables rule: WANDB_MODE=offline needs no network."

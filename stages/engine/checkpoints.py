@@ -2,10 +2,15 @@
 
 - `step-000200.safetensors` first, then `step-000200.json` with its digest: without it there is no checkpoint
 - the two newest are kept; one whose bytes do not match is passed over, with a warning, for the one before
+- a training waits only for the copy in memory: a thread writes it, one at a time, while the next steps are made
 - the same file whatever the engine, ZeRO stage or number of processes, so any of them may change between starts
 """
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import safetensors.torch
 from loguru import logger
@@ -36,16 +41,58 @@ class Descriptor(Strict):
     tensors: FileRef = Field(description="The tensors.")
 
 
-def save(folder: Path, state: dict[str, Tensor], progress: Progress) -> None:
-    """Write a checkpoint into `folder` and drop all but the newest ones."""
-    path = folder / f"step-{progress.step:07d}.safetensors"
-    with new_file(path) as file:
-        file.write(safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in state.items()}))
-    descriptor = Descriptor(progress=progress, tensors=file.ref(path, folder))
-    write_bytes(path.with_suffix(".json"), descriptor.model_dump_json().encode(), folder)
-    for old in sorted(folder.glob("step-*.json"))[:-KEPT]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+class Writer:
+    """Writes checkpoints into a folder while the training goes on; on leaving it, the last one is there.
+
+    What a thread raises is raised by the next `check`, `wait` or `save`, as if that had written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.longest = 0.0  # seconds that one has taken to be written
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.wait()
+        elif self._pending and (failure := self._pending.exception()):
+            logger.warning("the last checkpoint was not written: {}", failure)  # what ended the training says more
+
+    def save(self, state: dict[str, Tensor], progress: Progress) -> None:
+        """Copy the state, and have it written, with all but the newest ones dropped; first wait for the one before."""
+        self.wait()
+        data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+        self._pending = self._thread.submit(self._write, data, progress)
+
+    def check(self) -> None:
+        """Raise what writing has raised, if it is over."""
+        if self._pending and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until everything is written."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _write(self, data: bytes, progress: Progress) -> None:
+        begun = time.monotonic()
+        path = self._folder / f"step-{progress.step:07d}.safetensors"
+        with new_file(path) as file:
+            file.write(data)
+        descriptor = Descriptor(progress=progress, tensors=file.ref(path, self._folder))
+        write_bytes(path.with_suffix(".json"), descriptor.model_dump_json().encode(), self._folder)
+        for old in sorted(self._folder.glob("step-*.json"))[:-KEPT]:
+            old.unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
+        self.longest = max(self.longest, time.monotonic() - begun)
 
 
 def newest(folder: Path) -> tuple[dict[str, Tensor], Progress] | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from schemas.failures import InterruptedFailure, UsageFailure
 from schemas.training import TrainingConfig, TrainingMetrics
 from stages.engine import checkpoints
-from stages.engine.checkpoints import Progress
+from stages.engine.checkpoints import Progress, Writer
 from stages.engine.compilation import choose_compile, compiler_cache
 from stages.engine.course import Course
 from stages.engine.engines import Engine, start_engine
@@ -53,6 +53,7 @@ def train(
     with (
         compiler_cache(saved / f"compiled-{place.rank}", needed=compiled),
         Reporter(label, folder, config, course.step, place) as reporter,
+        Writer(saved) as writer,
         stop_requested() as stopping,
     ):
         for step in range(course.step, config.steps):
@@ -63,10 +64,12 @@ def train(
             course.advance(loss, outcome)
             reporter.report(course.step, loss, outcome, rate, course.skipped)
             done = course.step
-            stop = any_process(deadline.near() or stopping(), place) and done < config.steps
+            writer.check()
+            stop = any_process(deadline.near(writer.longest) or stopping(), place) and done < config.steps
             if stop or (done % config.checkpoint_every == 0 and done < config.steps):
-                _save(engine, saved, course, place)
+                _save(engine, writer, course, place)
             if stop:
+                _finish_writing(writer, place)
                 raise InterruptedFailure(f"{label} stopped after step {done}: run the same command to resume")
     _load_final(module, engine)
     if place.rank == 0:
@@ -99,10 +102,15 @@ def _share(rows: Tensor, config: TrainingConfig, place: Place) -> list[Tensor]:
     return list(own.split(min(config.micro_batch_size or len(own), len(own))))
 
 
-def _save(engine: Engine, saved: Path, course: Course, place: Place) -> None:
+def _save(engine: Engine, writer: Writer, course: Course, place: Place) -> None:
     state = engine.state()  # every process takes part: with ZeRO the pieces are gathered
     if place.rank == 0:
-        checkpoints.save(saved, state, course.progress())
+        writer.save(state, course.progress())
+
+
+def _finish_writing(writer: Writer, place: Place) -> None:
+    """Let no process end before the checkpoint is there: a launcher ends all when one ends."""
+    writer.wait()
     if place.world > 1:
         torch.distributed.barrier()
 

@@ -22,13 +22,13 @@ class Deadline:
     def __init__(self, minutes: float | None) -> None:
         self._end = None if minutes is None else launch.STARTED + 60 * minutes
         self._last = time.monotonic()
-        self._longest = 0.0  # of a step, with the checkpoint and whatever else came with it
+        self._longest = 0.0  # of a step, with whatever else came with it
 
-    def near(self) -> bool:
-        """To be asked once per step."""
+    def near(self, writing: float) -> bool:
+        """To be asked once per step. `writing`: seconds a checkpoint takes to be written, beside the steps."""
         now = time.monotonic()
         self._longest, self._last = max(self._longest, now - self._last), now
-        return self._end is not None and now + 2 * self._longest >= self._end
+        return self._end is not None and now + 2 * (self._longest + writing) >= self._end
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from torch import nn
 from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 
 from schemas import launch
-from schemas.failures import DivergedFailure, InterruptedFailure, UsageFailure
+from schemas.failures import DivergedFailure, InterruptedFailure, ResourceFailure, UsageFailure
 from stages.engine import checkpoints
 from stages.engine.loop import train
 from stages.engine.precision import LossScale
@@ -400,6 +401,48 @@ def test_one_two_and_again_one_process_continue_each_others_training(engine, tmp
     code, errors = ended(started(tmp_path, settings))
     assert code == 0, errors
     assert_close(weights_of(tmp_path), reference(settings, 8), 1e-5)
+
+
+def test_killed_while_a_checkpoint_is_written_beside_the_steps_it_resumes_from_the_one_before(tmp_path):
+    settings = config(steps=30, checkpoint_every=4)
+    expected = trained(tmp_path / "whole", steps=30, checkpoint_every=4)[0]
+    slowly = {"DROPOUT": "0.2", "PAUSE": "0.03", "SLOW_DISK": "0.1"}
+    process = started(tmp_path / "cut", settings, environment=slowly)
+    saved = tmp_path / "cut" / "checkpoints"
+    while not (saved / "step-0000008.json").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    while not list(saved.glob(".*.tmp")):
+        time.sleep(0.001)
+    process.kill()
+    assert ended(process)[0] == -signal.SIGKILL
+    assert int((tmp_path / "cut" / "step-0").read_text()) > checkpoints.newest(saved)[1].step
+    code, errors = ended(started(tmp_path / "cut", settings, environment={"DROPOUT": "0.2"}))
+    assert code == 0, errors
+    assert_close(weights_of(tmp_path / "cut"), expected, 0)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path):
+    environment = {"PAUSE": "0.01", "SLOW_DISK": "0.4"}
+    process = started(tmp_path, config(steps=400, checkpoint_every=100), environment=environment)
+    wait_for_step(tmp_path, 110, process)
+    assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [".tmp"]  # of the tensors, still
+    process.send_signal(signal.SIGTERM)
+    code, errors = ended(process)
+    assert code == 75, errors
+    assert f"toy stopped after step {checkpoints.newest(tmp_path / 'checkpoints')[1].step}:" in errors
+
+
+def test_a_full_disk_ends_the_training_in_one_line(tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(
+        ResourceFailure, match=r"no room to write .*step-0000003.safetensors: free some space"
+    ) as failed:
+        trained(tmp_path)
+    assert "\n" not in str(failed.value)
 
 
 def test_two_processes_stop_together_when_one_gets_the_signal(tmp_path):

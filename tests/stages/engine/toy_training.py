@@ -2,7 +2,7 @@
 
 python toy_training.py FOLDER CONFIG-JSON...: trains in FOLDER once with each config, and writes the weights there.
 At step `DEATH` it ends, or with `KILL` is killed, at the steps `BAD` a row is bad.
-Every step leaves its number in FOLDER/step-RANK, and takes `PAUSE` seconds.
+Every step leaves its number in FOLDER/step-RANK, and takes `PAUSE` seconds; every fsync takes `SLOW_DISK` seconds.
 """
 
 import math
@@ -78,6 +78,8 @@ def weights(module):
 def main():
     folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
     torch.set_num_threads(1)
+    sync, slow = os.fsync, float(os.environ.get("SLOW_DISK", "0"))
+    os.fsync = lambda handle: time.sleep(slow) or sync(handle)
 
     batches = batch_with(*map(int, os.environ.get("BAD", "").split()))
 
