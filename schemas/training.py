@@ -77,6 +77,10 @@ class TrainingConfig(Config):
         "Minutes after the start of the command before which a training stops, to be resumed (exit code 75).",
         gt=0,
     )
+    sample_every: int = runtime_setting(
+        0, "Steps between short texts of a decoder in training, in the log and in samples.jsonl; 0: none.", ge=0
+    )
+    sample_prompt: str = runtime_setting("", "What the samples go on from, the likeliest token each time.")
     log_every: int = runtime_setting(50, "Steps between lines of the log and of metrics.jsonl.", gt=0)
 
     @field_validator("deepspeed")

@@ -10,7 +10,7 @@
   on a machine that has only them, and ends with the same weights
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -35,11 +35,13 @@ from stages.artifacts.adapter_folder import seed_from, write_adapter
 from stages.artifacts.model_folder import read_model, write_model
 from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import Rows
+from stages.data.pieces import over_text
 from stages.data.token_store import TokenStore, read_table
 from stages.engine.loop import train
 from stages.engine.members import Member, members_at_once, train_members
 from stages.nn.decoder import Decoder, NextTokenLoss
 from stages.nn.lora import adapters, add_adapters
+from stages.nn.sampling import likeliest
 
 Upstream = tuple[TokenizeManifest, ClusterManifest, SeedManifest]
 
@@ -112,6 +114,7 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
             training,
             claim.path,
             folder,
+            _sampler(decoder, tokens, run_dir) if training.sample_every else None,
         )
         outputs = _write(decoder, config.lora, claim.path, run_dir, tokens) if claim.leader else []
         return claim.finish(
@@ -144,6 +147,12 @@ def _documents(
 def _from_seed(run_dir: Path, seed: SeedManifest, config: ExpertConfig) -> Decoder:
     decoder = Decoder.from_weights(*read_model(run_dir, seed)).train()
     return add_adapters(decoder, config.lora, config.training.seed) if config.lora else decoder.requires_grad_(True)
+
+
+def _sampler(decoder: Decoder, tokens: TokenizeManifest, run_dir: Path) -> Callable[[str], str]:
+    """Goes on from a prompt with the decoder as it is at the moment."""
+    end = tokens.metrics.end_of_text
+    return over_text(partial(likeliest, decoder, end), tokens.output("tokenizer.json").check(run_dir), end)
 
 
 def _write(

@@ -4,6 +4,8 @@
 - trained on all documents alike; the loss of the first step should be close to ln(vocabulary), and is in the manifest
 """
 
+from collections.abc import Callable
+from functools import partial
 from math import log
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from schemas.train_seed import SeedConfig, SeedManifest, SeedMetrics
 from stages.artifacts.model_folder import write_model
 from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import Rows
+from stages.data.pieces import over_text
 from stages.data.token_store import TokenStore
 from stages.engine.loop import train
 from stages.nn.decoder import Decoder, NextTokenLoss
+from stages.nn.sampling import likeliest
 
 
 def run(config: SeedConfig, run_dir: Path, *, force: bool = False) -> SeedManifest:
@@ -38,6 +42,7 @@ def run(config: SeedConfig, run_dir: Path, *, force: bool = False) -> SeedManife
             training,
             claim.path,
             "seed",
+            _sampler(decoder, tokens, run_dir) if training.sample_every else None,
         )
         _doubt(metrics.first_loss, tokens.metrics.vocab_size)
         tokenizer = tokens.output("tokenizer.json").check(run_dir).read_bytes()
@@ -57,6 +62,12 @@ def _new_decoder(config: SeedConfig, tokens: TokenizeManifest) -> Decoder:
             max_position_embeddings=config.training.sequence_length,
         )
     )
+
+
+def _sampler(decoder: Decoder, tokens: TokenizeManifest, run_dir: Path) -> Callable[[str], str]:
+    """Goes on from a prompt with the decoder as it is at the moment."""
+    end = tokens.metrics.end_of_text
+    return over_text(partial(likeliest, decoder, end), tokens.output("tokenizer.json").check(run_dir), end)
 
 
 def _doubt(first_loss: float, vocab_size: int) -> None:

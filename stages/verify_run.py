@@ -21,7 +21,7 @@ from schemas.run_manifests import broken_links, manifest_folders, read_manifest
 from schemas.verify_run import CheckedFolder, Fault, Problem, VerifyConfig
 from schemas.version import VERSION
 
-UNLISTED = ("metrics.jsonl", *DERIVED)  # what stages and reports leave beside the outputs
+UNLISTED = ("metrics.jsonl", "samples.jsonl", *DERIVED)  # what stages and reports leave beside the outputs
 LOGS = ("tensorboard", "wandb")  # curves of a training
 LEFTOVERS = ("checkpoints", "parts", "shares")  # of work that was cut short: `cpipe clean` removes them
 

@@ -1,6 +1,7 @@
 """Tokens back to text, piece by piece: each piece whole characters, and none of a stop text."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -40,3 +41,15 @@ def has_stopped(pieces: list[str], stop: tuple[str, ...]) -> bool:
         return False
     recent = "".join(pieces[-max(map(len, stop)) :])
     return any(text in recent for text in stop)
+
+
+def over_text(write: Callable[[list[int]], list[int]], path: Path, end_of_text: int) -> Callable[[str], str]:
+    """What `write` does with the tokens of a new document, done with text; `path`: its tokenizer.json."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True  # the name of a special token is text like any other
+
+    def write_text(prompt: str) -> str:
+        ids = write([end_of_text, *tokenizer.encode(prompt, add_special_tokens=False).ids])
+        return tokenizer.decode(ids)
+
+    return write_text

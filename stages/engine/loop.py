@@ -33,19 +33,27 @@ CURVE_POINTS = 100
 
 
 def train(
-    module: nn.Module, batch_at: Callable[[int], Tensor], config: TrainingConfig, folder: Path, label: str
+    module: nn.Module,
+    batch_at: Callable[[int], Tensor],
+    config: TrainingConfig,
+    folder: Path,
+    label: str,
+    write: Callable[[str], str] | None = None,
 ) -> TrainingMetrics:
     """Train the parameters of `module` that require a gradient; on return they hold the final weights.
 
     module: gives losses in nats, `module(rows)["loss"]` being optimised; the others are logged
     batch_at: int64 [batch_size, sequence_length + 1] for a step from 0 on, a pure function; where it has a method
         `describe(step)`, that names the rows when the loss is not finite
-    folder: where `checkpoints/`, `metrics.jsonl` and `tensorboard/` go
+    folder: where `checkpoints/`, `metrics.jsonl`, `samples.jsonl` and `tensorboard/` go
+    write: continues a prompt with the module as it is, for samples; must leave it as it is
 
-    Raises DivergedFailure, InterruptedFailure, and UsageFailure when the batch cannot be divided.
+    Raises DivergedFailure, InterruptedFailure, and UsageFailure when the batch cannot be divided, or samples cannot be
+    written.
     """
     place = find_place()
     _check_division(config, place)
+    _check_samples(config, write, label)
     engine = start_engine(module, config, place)
     saved, compiled = folder / "checkpoints", choose_compile(config, place, module)
     course = Course(_resume(engine, saved, label), config, label, batch_at)
@@ -64,6 +72,8 @@ def train(
             course.advance(loss, outcome)
             reporter.report(course.step, loss, outcome, rate, course.skipped)
             done = course.step
+            if write and config.sample_every and course.step % config.sample_every == 0:
+                reporter.show(course.step, write)
             writer.check()
             stop = any_process(deadline.near(writer.longest) or stopping(), place) and done < config.steps
             if stop or (done % config.checkpoint_every == 0 and done < config.steps):
@@ -85,6 +95,13 @@ def _check_division(config: TrainingConfig, place: Place) -> None:
             f"a batch of {config.batch_size} rows does not divide into {place.world} processes with micro-batches of "
             f"{config.micro_batch_size or 'any number of'} rows: change --batch-size or --micro-batch-size"
         )
+
+
+def _check_samples(config: TrainingConfig, write: Callable[[str], str] | None, label: str) -> None:
+    if config.sample_every and write is None:
+        raise UsageFailure(f"{label} cannot write text while it is trained: leave --sample-every out")
+    if config.sample_every and config.zero_stage == 3:
+        raise UsageFailure("--zero-stage 3 takes apart the weights that --sample-every needs: leave one of them out")
 
 
 def _resume(engine: Engine, saved: Path, label: str) -> Progress:

@@ -1,4 +1,4 @@
-"""What a training says while it runs: the progress bar, the log, metrics.jsonl, TensorBoard, Weights & Biases.
+"""What a training says while it runs: the progress bar, the log, metrics.jsonl, samples.jsonl, TensorBoard, W&B.
 
 - metrics.jsonl is the table of the run, a row per logged step: polars, pandas and duckdb read it as it is
 - all of it is said by the first process only, and none of it is in a manifest
@@ -9,6 +9,7 @@ import json
 import math
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,7 @@ class Reporter:
     def __init__(self, label: str, folder: Path, config: TrainingConfig, first_step: int, place: Place) -> None:
         self._label = label
         self._path = folder / "metrics.jsonl"
+        self._samples = folder / "samples.jsonl"
         self._config = config
         self._first_step = first_step
         self._started = time.monotonic()
@@ -36,7 +38,9 @@ class Reporter:
         self._wandb: Any = None
         if self._silent:
             return
-        self._forget_after(first_step)
+        _forget_after(first_step, self._path)
+        if self._samples.exists():
+            _forget_after(first_step, self._samples)
         if config.wandb:
             self._wandb = _start_wandb(label, folder, config)
         if config.tensorboard:
@@ -52,12 +56,6 @@ class Reporter:
             self._events.close()
         if self._wandb:
             self._wandb.finish(exit_code=0 if error is None else 1)
-
-    def _forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run does again."""
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self._path.write_text("".join(kept))
 
     def report(self, step: int, loss: float, outcome: Outcome, rate: float, skipped: int) -> None:
         """Tell of step number `step`, from 1; `skipped`: steps left out so far."""
@@ -90,6 +88,22 @@ class Reporter:
             self._events.write(step, rest)
         if self._wandb:
             self._wandb.log(rest, step=step)
+
+    def show(self, step: int, write: Callable[[str], str]) -> None:
+        """Show how the model goes on from the prompt after step number `step`."""
+        if self._silent:
+            return
+        prompt = self._config.sample_prompt
+        text = write(prompt)
+        logger.info("{} {}/{} · {!r} goes on {!r}", self._label, step, self._config.steps, prompt, text)
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+
+
+def _forget_after(step: int, path: Path) -> None:
+    """Drop the lines of steps that a resumed run does again."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
 
 def _start_wandb(label: str, folder: Path, config: TrainingConfig) -> Any:

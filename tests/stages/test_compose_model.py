@@ -172,3 +172,11 @@ def test_what_cannot_be_is_refused_in_one_line(gated_run, copied_run, changes, m
 def test_a_composition_cannot_take_another_stages_folder(name):
     with pytest.raises(ValueError, match="central-<word>"):
         ComposeConfig(name=name)
+
+
+def test_a_central_model_writes_no_text_while_it_is_trained(gated_run, composed_run, copied_run, tmp_path):
+    asked = settings(gates="joint", name="central-b", training=TRAINING.model_copy(update={"sample_every": 2}))
+    with pytest.raises(UsageFailure, match=r"^central-alone cannot write text .*: leave --sample-every out"):
+        compose_model.run(asked, copied_run(gated_run))
+    with pytest.raises(UsageFailure, match=r"^central-b cannot write text while it is trained"):
+        compose_model.run(asked, shutil.copytree(composed_run, tmp_path / "composed"))

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -25,9 +26,9 @@ def calls(monkeypatch):
     seen = {}
     real = train_experts.train
 
-    def record(module, batch_at, config, folder, label):
+    def record(module, batch_at, config, folder, label, write):
         seen[label] = [batch_at(step) for step in range(config.steps)]
-        return real(module, batch_at, config, folder, label)
+        return real(module, batch_at, config, folder, label, write)
 
     monkeypatch.setattr(train_experts, "train", record)
     return seen
@@ -305,3 +306,14 @@ def test_nothing_is_trained_where_a_later_member_is_of_other_settings(expert_run
     with pytest.raises(UsageFailure, match=r"dense is finished, but training.steps was 8 and is now 9"):
         train_experts.run(changed(config, steps=9), run_dir)
     assert not calls
+
+
+def test_a_member_writes_samples_beside_its_metrics(expert_run, copied_run, config):
+    run_dir = copied_run(expert_run)
+    asked = changed(config, sample_every=4, sample_prompt="flour").model_copy(update={"expert": "1"})
+    train_experts.run(asked, run_dir, force=True)
+    (path,) = run_dir.rglob("samples.jsonl")
+    assert path.parent == run_dir / "experts/001"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == [(4, "flour"), (8, "flour")]
+    assert all(line["text"] for line in lines)

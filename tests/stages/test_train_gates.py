@@ -268,3 +268,10 @@ def test_gates_see_the_documents_that_two_experts_share(expert_run, copied_run, 
     alone = train_gates._rows_of_clusters(config, expert_run, TokenizeManifest.read(expert_run), clusters)
     assert sum(rows[cluster].tokens for cluster in range(3)) > sum(alone[cluster].tokens for cluster in range(3))
     assert rows[None].tokens == alone[None].tokens
+
+
+def test_gates_write_no_text(expert_run, copied_run, config):
+    training = config.training.model_copy(update={"sample_every": 5})
+    asked = config.model_copy(update={"modes": ("joint",), "training": training})
+    with pytest.raises(UsageFailure, match="gates joint cannot write text while it is trained: leave --sample-every"):
+        train_gates.run(asked, copied_run(expert_run))

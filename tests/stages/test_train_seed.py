@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 
@@ -7,9 +8,11 @@ import torch
 
 from schemas.failures import IntegrityFailure, UsageFailure
 from schemas.files import digest_of
+from schemas.generate_text import GenerateConfig
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_seed import SeedConfig, SeedManifest
-from stages import train_seed
+from schemas.verify_run import VerifyConfig
+from stages import generate_text, train_seed, verify_run
 from stages.artifacts.model_folder import read_model
 from stages.data.token_store import TokenStore
 from stages.nn.decoder import Decoder, NextTokenLoss
@@ -65,7 +68,7 @@ def test_the_written_weights_are_the_trained_ones(seeded_run):
 def test_it_trains_on_the_rows_of_all_documents_in_the_order_of_its_seed(seeded_run, copied_run, config, monkeypatch):
     run_dir, seen = copied_run(seeded_run), []
 
-    def record(module, batch_at, training, folder, label):
+    def record(module, batch_at, training, folder, label, write):
         seen.extend(batch_at(step) for step in (0, 3))
         raise KeyboardInterrupt
 
@@ -188,3 +191,26 @@ def test_masked_documents_train_other_weights(seeded_run, copied_run, config):
     before = digest_of(run_dir / "seed" / "model.safetensors")
     train_seed.run(changed(config, mask_documents=True, steps=8), run_dir, force=True)
     assert digest_of(run_dir / "seed" / "model.safetensors") != before
+
+
+@pytest.mark.parametrize("zero", [None, 1])
+def test_samples_while_it_trains_are_what_generate_writes_and_change_no_bit(zero, seeded_run, copied_run, config):
+    run_dir = copied_run(seeded_run)
+    engine = {"engine": "torch"} if zero is None else {"engine": "deepspeed", "zero_stage": zero}
+    silent = changed(config, steps=9, **engine)
+    expected = train_seed.run(silent, run_dir, force=True).output("model.safetensors").digest
+    assert not (run_dir / "seed" / "samples.jsonl").exists()
+    asked = changed(silent, sample_every=3, sample_prompt="the bowl")
+    assert train_seed.run(asked, run_dir, force=True).output("model.safetensors").digest == expected
+    lines = [json.loads(line) for line in (run_dir / "seed" / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == [(step, "the bowl") for step in (3, 6, 9)]
+    continued = GenerateConfig(model="seed", prompt="the bowl", temperature=0.0, max_tokens=40)
+    written = "".join(generate_text.stream(continued, run_dir))
+    assert lines[-1]["text"] and written.startswith(lines[-1]["text"])
+    assert [each for each in verify_run.stream(VerifyConfig(), run_dir) if each.problems] == []
+
+
+def test_zero_3_and_samples_exclude_each_other(seeded_run, copied_run, config):
+    with pytest.raises(UsageFailure, match=r"--zero-stage 3 takes apart .* --sample-every") as refused:
+        train_seed.run(changed(config, sample_every=3, zero_stage=3), copied_run(seeded_run), force=True)
+    assert "\n" not in str(refused.value)

@@ -314,6 +314,33 @@ def test_metrics_and_log_say_what_happened(tmp_path):
     assert lines[-1]["loss"] == pytest.approx(metrics.curve[-1])
 
 
+def test_a_resumed_training_has_each_sample_once_and_the_weights_of_one_without(tmp_path):
+    settings = {"sample_every": 2, "sample_prompt": "Ä\u2028\n"}
+    expected = trained(tmp_path / "whole")[0]
+    module = Toy(dropout=0.2)
+
+    def write(prompt):
+        return f"{prompt}{module.embed.weight.sum():.9f}"
+
+    def batches(step):
+        if step == 7 and not asked:
+            raise Killed
+        return batch_at(step)
+
+    (tmp_path / "cut").mkdir()
+    asked = []
+    with pytest.raises(Killed):
+        train(module, batches, config(**settings), tmp_path / "cut", "toy", write)
+    with (tmp_path / "cut" / "samples.jsonl").open("a") as file:
+        file.write('{"step": 6, "pro')  # cut short
+    module, asked = Toy(dropout=0.2), [True]
+    train(module, batches, config(**settings), tmp_path / "cut", "toy", write)
+    assert_close(weights(module), expected, 0)
+    lines = (tmp_path / "cut" / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
+    assert json.loads(lines[-1])["text"] == write("Ä\u2028\n")
+
+
 # In processes of their own
 
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from stages.nn.sampling import draw
+from schemas.decoder import DecoderConfig
+from stages.nn.decoder import Decoder
+from stages.nn.sampling import SAMPLE_TOKENS, draw, likeliest
 
 PROBABILITIES = torch.tensor([0.02, 0.4, 0.08, 0.25, 0.05, 0.2])
 
@@ -71,3 +73,42 @@ def test_a_token_of_probability_zero_is_never_drawn():
 
 def test_same_seed_same_tokens():
     assert drawn(100, seed=3) == drawn(100, seed=3) != drawn(100, seed=4)
+
+
+def new_decoder(positions):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 1, "vocab_size": 50, "max_position_embeddings": positions}
+    return Decoder(DecoderConfig(**shape))
+
+
+def by_hand(decoder, ids, count):
+    for _ in range(count):
+        ids = [*ids, int(decoder(torch.tensor([ids]))[0, -1].argmax())]
+    return ids[len(ids) - count :]
+
+
+@pytest.mark.parametrize(
+    ("positions", "prompt", "read", "count"),
+    [(200, 5, 5, SAMPLE_TOKENS), (20, 5, 5, 15), (20, 30, 10, 10), (200, 190, 160, 40)],
+)
+def test_the_likeliest_tokens_are_those_of_whole_passes_as_far_as_positions_reach(positions, prompt, read, count):
+    decoder = new_decoder(positions)
+    ids = [(7 * number) % 50 for number in range(prompt)]
+    assert likeliest(decoder, -1, ids) == by_hand(decoder, ids[-read:], count)
+
+
+def test_the_likeliest_end_with_the_text():
+    decoder = new_decoder(200)
+    whole = likeliest(decoder, -1, [3, 4])
+    assert likeliest(decoder, whole[3], [3, 4]) == whole[: whole.index(whole[3])]
+
+
+def test_a_decoder_in_training_is_left_as_it_is():
+    decoder, ids = new_decoder(200), torch.arange(20)[None]
+    decoder(ids).sum().backward()
+    before, random_state = [p.grad.clone() for p in decoder.parameters()], torch.get_rng_state()
+    likeliest(decoder, -1, [3, 4])
+    assert decoder.training and torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(decoder.parameters(), before, strict=True))
+    decoder(ids).sum().backward()  # nothing of inference mode is left in it
