@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from schemas.training import TrainingConfig
@@ -39,12 +40,15 @@ class DeepSpeedEngine:
         self._stage = config.zero_stage
         self._clipping = config.gradient_clipping
         self._scale = scale
+        linear = functional.linear
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             dist_init_required=False,
             config=deepspeed_config(config, choose_precision(config, place), place.world),
         )
+        # ZeRO 3 replaces this function for the whole process, and never puts it back.
+        self._linear, functional.linear = functional.linear, linear
         self.module = module
         self._start_averages()
 
@@ -72,9 +76,13 @@ class DeepSpeedEngine:
         return Outcome(mean_parts(parts), norm, applied, self._scale.update(applied))
 
     def _backward(self, rows: Tensor) -> Parts:
-        parts: Parts = self._engine(rows)
-        loss = poisoned(parts["loss"])
-        self._engine.backward(loss if self._stage else self._scale.raised(loss))
+        linear, functional.linear = functional.linear, self._linear
+        try:
+            parts: Parts = self._engine(rows)
+            loss = poisoned(parts["loss"])
+            self._engine.backward(loss if self._stage else self._scale.raised(loss))
+        finally:
+            functional.linear = linear
         return parts
 
     def state(self) -> dict[str, Tensor]:

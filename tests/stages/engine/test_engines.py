@@ -342,3 +342,11 @@ def test_muon_is_for_one_process(settings):
     vectors = nn.ParameterList([nn.Parameter(torch.ones(3))])
     with pytest.raises(UsageFailure, match="--optimizer muon: what is trained has no matrices inside layers"):
         start_engine(vectors, config(engine="torch", optimizer="muon"), ALONE)
+
+
+def test_zero_3_leaves_torch_as_it_was():
+    linear = nn.functional.linear
+    engine = start_engine(Toy(), config(**ENGINES["zero-3"]), ALONE)
+    assert nn.functional.linear is linear
+    engine.step([batch_at(0)], 0.01)
+    assert nn.functional.linear is linear
