@@ -118,7 +118,7 @@ def _generate_command() -> Any:
 
 
 def _route_command() -> Any:
-    from cpipe.routing import route_command
+    from cpipe.route import route_command
 
     return route_command(Run, AsJson)
 
