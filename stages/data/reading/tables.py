@@ -114,7 +114,9 @@ def _csv_rows(stream: BufferedReader, path: Path, delimiter: str) -> Iterator[tu
 def _csv_reason(error: csv.Error) -> str:
     if "unexpected end of data" in str(error):
         return "a quote is never closed"
-    return "a carriage return outside quotes" if "new-line character" in str(error) else str(error)
+    if "new-line character" in str(error):
+        return "a carriage return outside quotes"
+    return str(error).replace("\t", "\\t")  # the delimiter it names may be a tab
 
 
 def _check_separator(header: list[str], path: Path, delimiter: str) -> None:

@@ -52,6 +52,11 @@ def test_csv_comes_back_as_it_was_written_with_its_lines(
         assert csv_rows(mark + file.getvalue().encode(), delimiter) == expected
 
 
+def test_a_tab_in_what_is_wrong_with_a_row_is_named_not_printed() -> None:
+    (*_, (line, fault)) = csv_rows(b'a\tb\n"1"x\t2\n', delimiter="\t")
+    assert (line, fault) == (2, "begins a row that is not CSV ('\\t' expected after '\"')")
+
+
 def test_only_the_columns_wanted_are_in_a_csv_record() -> None:
     assert csv_rows(b"a,b,c\n\n1,2,3\n", select=lambda fields: ["c", "a"]) == [(3, {"c": "3", "a": "1"})]
     assert csv_rows(b"", select=everything) == []
