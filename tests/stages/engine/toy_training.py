@@ -84,7 +84,9 @@ def main():
     batches = batch_with(*map(int, os.environ.get("BAD", "").split()))
 
     def batch_with_trace(step):
-        (folder / f"step-{rank}").write_text(str(step))
+        half = folder / f".step-{rank}"
+        half.write_text(str(step))
+        half.replace(folder / f"step-{rank}")  # whole, also for who kills this process now
         if step == int(os.environ.get("DEATH", "-1")):
             os.kill(os.getpid(), signal.SIGKILL) if "KILL" in os.environ else sys.exit(9)
         time.sleep(float(os.environ.get("PAUSE", "0")))
