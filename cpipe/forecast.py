@@ -100,9 +100,10 @@ def _unfinished(run_dir: Path, folder: str) -> str:
 
 
 def _members(manifest: Manifest, folder: str) -> list[str]:
-    """Folders of the finished stages that this one holds together: the experts and their dense baseline."""
+    """Folders of the finished stages that this one holds together: gates, or the experts and their dense baseline."""
     names = [ref.name for ref in manifest.inputs]
-    return names if any(name.startswith(f"{folder}/") for name in names) else []
+    own = [name for name in names if name.startswith(f"{folder}/")]
+    return [name for name in names if name in own or name == "dense"] if own else []
 
 
 def _inputs(manifest: Manifest, folder: str, run_dir: Path) -> Iterator[InputRef]:

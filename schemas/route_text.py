@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from schemas.strict import Config, Strict
-from schemas.train_gates import GateMode
+from schemas.train_gates import GateMode, Selection
 
 
 class RouteConfig(Config):
@@ -11,13 +11,7 @@ class RouteConfig(Config):
 
     text: str = Field("", description="Text to route.", json_schema_extra={"argument": True})
     mode: GateMode | None = Field(None, description="How the gates were learnt; default: joint where the run has them.")
-    top_k: int | None = Field(2, ge=1, description="At most so many experts for a token, those of highest score.")
-    threshold: float | None = Field(
-        None, gt=0, lt=1, description="Only experts whose gate is open so far, or whose share is so large."
-    )
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="Only experts among the fewest shares that add up to so much."
-    )
+    selection: Selection = Field(Selection(top_k=2), description="Which experts are asked for a token.")
 
 
 class RoutedToken(Strict):

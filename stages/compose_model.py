@@ -151,7 +151,7 @@ def _compose(config: ComposeConfig, run_dir: Path, upstream: Upstream, alone: Ce
     gate = None
     if upstream.gates is not None and config.gates != "none":
         vectors = read_tensors(upstream.gates.output("gates.safetensors").check(run_dir))
-        gate = SeedGate(seed, ExpertGates.from_tensors(vectors, *upstream.gates.reading(config.gates)))
+        gate = SeedGate(seed, ExpertGates.from_tensors(vectors, *upstream.gates.reads(config.gates)))
     torch.manual_seed(config.training.seed)
     composed = ComposedModel(central, experts, config.bridges, gate)
     if config.bridge_training.train == "bridges":

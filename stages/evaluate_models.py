@@ -215,7 +215,7 @@ class Evaluation:
         )
         for mode in gates.config.modes:
             training = self.costs.experts + self.costs.gate_training(gates.metrics, mode)
-            reader = ExpertGates.from_tensors(tensors, *gates.reading(mode))
+            reader = ExpertGates.from_tensors(tensors, *gates.reads(mode))
             for selection in self._selections():
                 weights = torch.cat(list(self._gate_weights(reader, states_ND, selection)))
                 self._add_mixture(f"gates {mode} {selection}", "gates", weights, training)

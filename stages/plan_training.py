@@ -29,7 +29,7 @@ from schemas.manifest import FILE_NAME, Manifest
 from schemas.plan_training import Memory, Plan, PlanConfig, PlannedTraining
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import LoraConfig
-from schemas.train_gates import GateMode
+from schemas.train_gates import GateMode, GatesConfig
 from schemas.train_seed import SeedManifest
 from schemas.training import TrainingConfig
 from stages.artifacts.huggingface_folder import HuggingFaceFolder, local_folder
@@ -140,7 +140,7 @@ def _jobs(config: PlanConfig, shape: DecoderConfig, experts: int, seed: SeedMani
         if mode == "mean-activation":
             continue  # nothing is trained
         alone = mode == "independent"
-        make = partial(_gate_loss, shape, 1 if alone else experts, mode, config.gates.layer)
+        make = partial(_gate_loss, shape, 1 if alone else experts, mode, config.gates)
         count, part = (experts, 1 / experts) if alone else (1, 1.0)
         yield Job(f"gates {mode}", count, make, config.gates.training, share=part)
     told = set()
@@ -149,7 +149,7 @@ def _jobs(config: PlanConfig, shape: DecoderConfig, experts: int, seed: SeedMani
         if (alone_settings := composition.alone()) not in told:
             told.add(alone_settings)
             yield Job("central-alone", 1, partial(_central_loss, central), composition.training)
-        make = partial(_composed_loss, composition, central, shape, experts)
+        make = partial(_composed_loss, composition, central, shape, experts, config.gates)
         yield Job(composition.name, 1, make, composition.with_experts())
 
 
@@ -169,22 +169,24 @@ def _frozen(shape: DecoderConfig) -> Decoder:
     return Decoder(shape).requires_grad_(False)
 
 
-def _gate_loss(shape: DecoderConfig, experts: int, mode: GateMode, layer: int | None) -> nn.Module:
-    gates = _gates(shape, experts, mode, layer)
+def _gate_loss(shape: DecoderConfig, experts: int, mode: GateMode, config: GatesConfig) -> nn.Module:
+    gates = _gates(shape, experts, mode, config)
     if mode == "contrastive":
         return ContrastiveLoss(gates, _frozen(shape))
-    return GateLoss(gates, _frozen(shape), [_frozen(shape) for _ in range(experts)], 0 if mode != "joint" else None)
+    return GateLoss(gates, _frozen(shape), [_frozen(shape) for _ in range(experts)])
 
 
-def _gates(shape: DecoderConfig, experts: int, mode: GateMode, layer: int | None) -> ExpertGates:
-    depth = (shape.num_hidden_layers + 1) // 2 if layer is None else layer
-    return ExpertGates.closed(experts, shape.hidden_size, mode, depth, memory=0.0, end_of_text=0)
+def _gates(shape: DecoderConfig, experts: int, mode: GateMode, config: GatesConfig) -> ExpertGates:
+    layer = config.reading.layer_read(shape.num_hidden_layers)
+    return ExpertGates.closed(experts, shape.hidden_size, mode, layer, config.reading.memory, end_of_text=0)
 
 
-def _composed_loss(config: ComposeConfig, central: CentralConfig, shape: DecoderConfig, experts: int) -> nn.Module:
+def _composed_loss(
+    config: ComposeConfig, central: CentralConfig, shape: DecoderConfig, experts: int, gates: GatesConfig
+) -> nn.Module:
     gate = None
     if config.gates != "none":
-        gate = SeedGate(_frozen(shape), _gates(shape, experts, config.gates, None))
+        gate = SeedGate(_frozen(shape), _gates(shape, experts, config.gates, gates))
     composed = ComposedModel(CentralModel(central), [_frozen(shape) for _ in range(experts)], config.bridges, gate)
     if config.bridge_training.train == "bridges":
         composed.central.requires_grad_(False)

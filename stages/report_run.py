@@ -20,7 +20,6 @@ from schemas.files import FileRef, write_bytes
 from schemas.manifest import Manifest
 from schemas.report_run import FILE_NAME, SAMPLES, ReportConfig, Sample, Samples
 from schemas.run_manifests import FROM_OUTSIDE, broken_links, manifest_folders, read_manifest
-from schemas.strict import Strict
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsManifest
 from schemas.train_gates import GatesManifest
@@ -133,21 +132,10 @@ def _curves(manifests: Manifests) -> list[LineChart]:
     panels: dict[str, list[Series]] = {}
     for name, manifest in manifests.items():
         kind = manifest.schema_id.removeprefix("cpipe.").split("/")[0]
-        for label, training in _trainings(name, manifest.metrics):
-            if training.curve:
-                panels.setdefault(kind, []).append(Series(label, training.curve, max(1, training.steps)))
+        training = getattr(manifest.metrics, "training", None)
+        if isinstance(training, TrainingMetrics) and training.curve:
+            panels.setdefault(kind, []).append(Series(name, training.curve, max(1, training.steps)))
     return [line_chart(title, series) for title, series in panels.items()]
-
-
-def _trainings(name: str, metrics: Strict) -> Iterator[tuple[str, TrainingMetrics]]:
-    """The trainings that metrics tell of: one, or one in each of several runs."""
-    for _, value in metrics:
-        if isinstance(value, TrainingMetrics):
-            yield name, value
-        for run in value if isinstance(value, tuple) else ():
-            if isinstance(training := getattr(run, "training", None), TrainingMetrics):
-                number = getattr(run, "expert", None)
-                yield f"{getattr(run, 'mode', name)}{'' if number is None else f' {number:03d}'}", training
 
 
 def _evaluation(manifests: Manifests) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from tokenizers.decoders import DecodeStream
 from schemas.failures import UsageFailure
 from schemas.route_text import RouteConfig, RoutedToken
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_gates import GateMode, GatesManifest, Selection
+from schemas.train_gates import GateMode, GatesManifest
 from stages.artifacts.run_models import RunModels
 from stages.nn.decoder import Decoder
 from stages.nn.gates import ExpertGates
@@ -25,8 +25,10 @@ def stream(config: RouteConfig, run_dir: Path) -> Iterator[RoutedToken]:
     tokens, models = TokenizeManifest.read(run_dir), RunModels.find(run_dir)
     manifest = GatesManifest.read(run_dir)
     models.refuse_other_ancestors(folders=[GatesManifest.folder])
-    mode, selection = _mode(config, manifest), _selection(config, manifest)
-    gates = ExpertGates.from_tensors(models.gate_tensors(), *manifest.reading(mode))
+    mode, selection = _mode(config, manifest), config.selection
+    if selection.top_k is not None and selection.top_k > manifest.metrics.experts:
+        raise UsageFailure(f"--top-k {selection.top_k} is more than the run's {manifest.metrics.experts} experts")
+    gates = ExpertGates.from_tensors(models.gate_tensors(), *manifest.reads(mode))
     seed = Decoder.from_weights(*models.decoder("seed"))
     tokenizer = tokenizers.Tokenizer.from_file(str(tokens.output("tokenizer.json").check(run_dir)))
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text like any other
@@ -49,12 +51,6 @@ def _mode(config: RouteConfig, manifest: GatesManifest) -> GateMode:
     if mode not in known:
         raise UsageFailure(f"the run's gates were learnt as {', '.join(known)}, not {mode}: give another --mode")
     return mode
-
-
-def _selection(config: RouteConfig, manifest: GatesManifest) -> Selection:
-    if config.top_k is not None and config.top_k > manifest.metrics.experts:
-        raise UsageFailure(f"--top-k {config.top_k} is more than the run's {manifest.metrics.experts} experts")
-    return Selection(top_k=config.top_k, threshold=config.threshold, top_p=config.top_p)
 
 
 @torch.no_grad()

@@ -1,150 +1,262 @@
 """Train the gates: experts and seed frozen, one vector per expert learns when the expert is worth asking (PHATGOOSE).
 
 - `independent` is the paper's way: every gate alone, on its own expert's cluster; `joint` lets the gates see each
-  other; `contrastive` and `mean-activation` ask no expert, only the seed
+  other; `contrastive`, `mean-activation` and `arrow` are learnt without asking the experts
+- what knows of one expert only is a finished stage of its own, so an expert's gates can be a job of their own, and
+  those of an expert that comes later leave the others' as they are. With `--force` only what is not as asked for is
+  done again, or all where nothing is left to do
 - an expert equal to its seed would leave its gate without a gradient: refused
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from schemas.cluster_documents import ClusterManifest
-from schemas.failures import InputFailure, UsageFailure
+from schemas.failures import InputFailure, StaleFailure, UsageFailure
+from schemas.manifest import FILE_NAME, InputRef
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_experts import ExpertsManifest
-from schemas.train_gates import GateMode, GateRun, GatesConfig, GatesManifest, GatesMetrics
+from schemas.train_experts import ExpertManifest, ExpertsManifest
+from schemas.train_gates import (
+    ALONE,
+    GateConfig,
+    GateManifest,
+    GateRun,
+    GatesConfig,
+    GatesManifest,
+    GatesMetrics,
+    label_of,
+)
 from schemas.train_seed import SeedManifest
-from stages.artifacts.model_folder import device, read_model, write_tensors
+from stages.artifacts.model_folder import device, read_model, read_tensors, write_tensors
 from stages.artifacts.run_models import expert_folder, read_expert
 from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import LabelledBatches, Rows
 from stages.data.token_store import TokenStore, read_table
 from stages.engine.loop import train
 from stages.nn.decoder import Decoder
-from stages.nn.gates import ContrastiveLoss, ExpertGates, GateLoss
+from stages.nn.gates import ContrastiveLoss, ExpertGates, GateLoss, Gates
+
+TENSORS = "gates.safetensors"
 
 
-def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesManifest:
-    """Train the gates of all experts in the asked modes and write them to `gates/`."""
-    tokens, clusters = TokenizeManifest.read(run_dir), ClusterManifest.read(run_dir)
-    seed_manifest, experts_manifest = SeedManifest.read(run_dir), ExpertsManifest.read(run_dir)
-    inputs = [tokens.as_input(), clusters.as_input(), seed_manifest.as_input(), experts_manifest.as_input()]
-    with claim_folder(run_dir, GatesManifest, config, inputs, force=force) as claim:
+def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesManifest | GateManifest:
+    """Train the gates that are missing, of all experts or of `config.expert`, and gather all of them in `gates/`."""
+    frozen = Frozen(config, run_dir)
+    if config.expert is not None:
+        return _train_of_expert(config.expert, config, frozen, force)
+    experts = ExpertsManifest.read(run_dir)
+    members = dict(_members(config, range(experts.metrics.experts)))
+    done = {folder: _finished(folder, member, frozen, force) for folder, member in members.items()}
+    again = force and all(done.values())
+    for folder, member in members.items():
+        if again or not done[folder]:
+            done[folder] = _train_member(folder, member, frozen, force)
+    return _gather(config, frozen, experts, {folder: manifest for folder, manifest in done.items() if manifest})
+
+
+def _members(config: GatesConfig, experts: range) -> Iterator[tuple[str, GateConfig]]:
+    """Every training, by its folder."""
+    for place, mode in config.kinds():
+        folder = f"{GatesManifest.folder}/{label_of(place, mode)}"
+        made = partial(GateConfig, place=place, mode=mode, reading=config.reading, training=config.training)
+        if mode in ALONE:
+            yield from ((f"{folder}/{expert:03d}", made(expert=expert)) for expert in experts)
+        else:
+            yield folder, made(expert=None)
+
+
+class Frozen:
+    """What gates are trained over: models and rows of tokens, each read when it is first asked for."""
+
+    def __init__(self, config: GatesConfig, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.tokens, self.clusters = TokenizeManifest.read(run_dir), ClusterManifest.read(run_dir)
+        self.seed_manifest = SeedManifest.read(run_dir)
+        self.end = self.tokens.metrics.end_of_text
+        self._training = config.training
+        self._experts: dict[int, Decoder] = {}
+
+    def inputs(self, expert: int | None) -> list[InputRef]:
+        """What the gates of an expert, or of all, are made from."""
+        before = [self.tokens.as_input(), self.clusters.as_input(), self.seed_manifest.as_input()]
+        if expert is None:
+            return [*before, ExpertsManifest.read(self.run_dir).as_input()]
+        folder = expert_folder(expert)
+        return [*before, ExpertManifest.read(self.run_dir, folder).as_input(folder)]
+
+    @cached_property
+    def seed(self) -> Decoder:
+        """The seed."""
+        return self._as_trained(Decoder.from_weights(*read_model(self.run_dir, self.seed_manifest)))
+
+    @cached_property
+    def count(self) -> int:
+        """How many experts there are."""
+        return ExpertsManifest.read(self.run_dir).metrics.experts
+
+    def expert(self, number: int) -> Decoder:
+        """An expert. Raises InputFailure when it equals the seed."""
+        if number not in self._experts:
+            self._experts[number] = self._as_trained(self._read_expert(number))
+        return self._experts[number]
+
+    def _as_trained(self, decoder: Decoder) -> Decoder:
+        decoder.separator = self.end if self._training.mask_documents else None
+        return decoder
+
+    def _read_expert(self, number: int) -> Decoder:
+        seed = self.seed
+        folder = expert_folder(number)
+        weights = read_expert(self.run_dir, folder, self.seed_manifest, lambda: (seed.config, seed.weights()))
+        expert = Decoder.from_weights(*weights)
+        if all(torch.equal(own, other) for own, other in zip(expert.parameters(), seed.parameters(), strict=True)):
+            raise InputFailure(
+                f"expert {number} equals the seed, so its gate has nothing to learn: train it for longer"
+            )
+        return expert
+
+    @cached_property
+    def _store(self) -> TokenStore:
+        return TokenStore.open([ref.check(self.run_dir) for ref in self.tokens.shards("train")])
+
+    @cached_property
+    def _assigned(self) -> dict[str, np.ndarray]:
+        return read_table(self.clusters.output("assignments-train.arrow").check(self.run_dir))
+
+    def rows(self, cluster: int | None) -> Rows:
+        """Rows of a cluster's documents, those it shares among them, or of all."""
+        table = self._assigned
+        documents = None
+        if cluster is not None:
+            documents = np.flatnonzero((table["cluster"] == cluster) | (table["second"] == cluster))
+        return Rows(self._store, self.end, self._training.sequence_length, documents)
+
+
+def _train_of_expert(expert: int, config: GatesConfig, frozen: Frozen, force: bool) -> GateManifest:
+    if expert >= frozen.clusters.config.clusters:
+        raise UsageFailure(f"--expert {expert} is not one of the {frozen.clusters.config.clusters} experts")
+    members = [
+        (folder, member) for folder, member in _members(config, range(expert, expert + 1)) if member.expert == expert
+    ]
+    if not members:
+        raise UsageFailure(f"gates learnt as {', '.join(config.modes)} know of all experts: leave --expert out")
+    return [_train_member(folder, member, frozen, force) for folder, member in members][-1]
+
+
+def _finished(folder: str, member: GateConfig, frozen: Frozen, force: bool) -> GateManifest | None:
+    """The manifest where there is nothing to do. Raises StaleFailure where there is something else, unless forced."""
+    if not (frozen.run_dir / folder / FILE_NAME).exists():
+        return None
+    try:
+        with claim_folder(frozen.run_dir, GateManifest, member, frozen.inputs(member.expert), folder=folder) as claim:
+            return claim.finished
+    except StaleFailure:
+        if force:
+            return None
+        raise
+
+
+def _train_member(folder: str, member: GateConfig, frozen: Frozen, force: bool) -> GateManifest:
+    run_dir = frozen.run_dir
+    with claim_folder(run_dir, GateManifest, member, frozen.inputs(member.expert), folder=folder, force=force) as claim:
         if claim.finished:
             return claim.finished
-        seed = Decoder.from_weights(*read_model(run_dir, seed_manifest))
-        numbers = range(experts_manifest.metrics.experts)
-        experts = [_read_expert(run_dir, number, seed_manifest, seed) for number in numbers]
-        layer, end = _layer(config, seed), tokens.metrics.end_of_text
-        for decoder in (seed, *experts):
-            decoder.separator = end if config.training.mask_documents else None
-        rows = _rows_of_clusters(config, run_dir, tokens, clusters)
-        tensors: dict[str, torch.Tensor] = {}
-        runs: list[GateRun] = []
-        for mode in config.modes:
-            gates = ExpertGates.closed(len(experts), seed.config.hidden_size, mode, layer, config.memory, end)
-            runs += _make_mode(mode, config, gates, seed, experts, rows, claim.path)
-            tensors |= gates.tensors()
-        metrics = GatesMetrics(layer=layer, end_of_text=end, experts=len(experts), runs=tuple(runs))
-        written = [write_tensors(claim.path / "gates.safetensors", tensors, run_dir, "gates")] if claim.leader else []
+        # The manifest of all gates says that each is finished: from here on one is not.
+        (run_dir / GatesManifest.folder / FILE_NAME).unlink(missing_ok=True)
+        tensors, metrics = _make(member, frozen, claim.path)
+        written = [write_tensors(claim.path / TENSORS, tensors, run_dir, "gates")] if claim.leader else []
         return claim.finish(written, metrics)
 
 
-def _read_expert(run_dir: Path, number: int, manifest: SeedManifest, seed: Decoder) -> Decoder:
-    weights = read_expert(run_dir, expert_folder(number), manifest, lambda: (seed.config, seed.weights()))
-    expert = Decoder.from_weights(*weights)
-    equal = all(torch.equal(own, other) for own, other in zip(expert.parameters(), seed.parameters(), strict=True))
-    if equal:
-        raise InputFailure(f"expert {number} equals the seed, so its gate has nothing to learn: train it for longer")
-    return expert
+def _make(member: GateConfig, frozen: Frozen, folder: Path) -> tuple[dict[str, Tensor], GateRun]:
+    """The gates' tensors, and how they came to be."""
+    training, count = member.training, 1 if member.expert is not None else frozen.count
+    seed = frozen.seed
+    layer = member.reading.layer_read(seed.config.num_hidden_layers)
+    width, memory = seed.config.hidden_size, member.reading.memory
+    gates = ExpertGates.closed(count, width, member.mode, layer, memory, frozen.end)
+    order = training.batch_size, training.seed + 2
+    numbers = range(frozen.count) if member.expert is None else [member.expert]
+    if member.mode == "mean-activation":
+        return _take_mean(member, frozen, gates)
+    if member.mode == "contrastive":
+        batch_at = LabelledBatches([frozen.rows(number) for number in numbers], *order)
+        return _train(member, gates, ContrastiveLoss(gates, seed), batch_at, folder)
+    loss = GateLoss(gates, seed, [frozen.expert(number) for number in numbers])
+    return _train(member, gates, loss, frozen.rows(member.expert).batches(*order), folder)
 
 
-def _layer(config: GatesConfig, seed: Decoder) -> int:
-    depth = seed.config.num_hidden_layers
-    layer = (depth + 1) // 2 if config.layer is None else config.layer
-    if layer > depth:
-        raise UsageFailure(f"--layer {layer} is beyond the seed's {depth} layers")
-    return layer
-
-
-def _rows_of_clusters(
-    config: GatesConfig, run_dir: Path, tokens: TokenizeManifest, clusters: ClusterManifest
-) -> dict[int | None, Rows]:
-    """Rows of each cluster's documents, those it shares among them, and under None those of all."""
-    store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])
-    table = read_table(clusters.output("assignments-train.arrow").check(run_dir))
-    end, length = tokens.metrics.end_of_text, config.training.sequence_length
-    rows: dict[int | None, Rows] = {None: Rows(store, end, length)}
-    for cluster in range(clusters.config.clusters):
-        rows[cluster] = Rows(
-            store, end, length, np.flatnonzero((table["cluster"] == cluster) | (table["second"] == cluster))
-        )
-    return rows
-
-
-def _make_mode(
-    mode: GateMode,
-    config: GatesConfig,
-    gates: ExpertGates,
-    seed: Decoder,
-    experts: list[Decoder],
-    rows: dict[int | None, Rows],
+def _train(
+    member: GateConfig,
+    gates: Gates,
+    loss: nn.Module,
+    batch_at: Callable[[int], Tensor],
     folder: Path,
-) -> list[GateRun]:
-    """Fill the gates: all in one run, one run per expert (`independent`), or by a mean (`mean-activation`)."""
-    order = config.training.batch_size, config.training.seed + 2
-    if mode == "mean-activation":
-        return [_take_mean(gates, seed, expert, rows[expert], config) for expert in range(len(experts))]
-    if mode == "contrastive":
-        batches = LabelledBatches([rows[cluster] for cluster in range(len(experts))], *order)
-        return [_train_run(mode, None, ContrastiveLoss(gates, seed), batches, config, folder, "gates contrastive")]
-    owners: list[int | None] = [None] if mode == "joint" else list(range(len(experts)))
-    runs = []
-    for own in owners:
-        for number, vector in enumerate(gates.vectors):
-            vector.requires_grad_(own in (None, number))
-        loss = GateLoss(gates, seed, experts if own is None else [experts[own]], own)
-        label = "gates joint" if own is None else f"gate {own:03d}"
-        runs.append(_train_run(mode, own, loss, rows[own].batches(*order), config, folder, label))
-    return runs
-
-
-def _train_run(
-    mode: GateMode,
-    own: int | None,
-    loss: GateLoss | ContrastiveLoss,
-    batch_at: Callable[[int], torch.Tensor],
-    config: GatesConfig,
-    folder: Path,
-    label: str,
-) -> GateRun:
-    place = folder / label.replace(" ", "-")
-    place.mkdir(exist_ok=True)
-    metrics = train(loss, batch_at, config.training, place, label)
+) -> tuple[dict[str, Tensor], GateRun]:
+    label = label_of(member.place, member.mode) + ("" if member.expert is None else f" {member.expert:03d}")
+    metrics = train(loss, batch_at, member.training, folder, f"gates {label}")
     with torch.no_grad():
-        parts = loss.cpu()(batch_at(config.training.steps))
-    openness = tuple(round(float(parts[name]), 4) for name in sorted(parts, key=_slot) if name != "loss")
-    return GateRun(mode=mode, expert=own, openness=openness, tokens=metrics.tokens, training=metrics)
+        parts = loss.cpu()(batch_at(member.training.steps))
+    slots = sorted((name for name in parts if name.startswith("open_")), key=lambda name: int(name[len("open_") :]))
+    return gates.tensors(), GateRun(
+        place=member.place,
+        mode=member.mode,
+        expert=member.expert,
+        openness=tuple(round(float(parts[name]), 4) for name in slots),
+        tokens=metrics.tokens,
+        training=metrics,
+    )
 
 
-def _take_mean(gates: ExpertGates, seed: Decoder, expert: int, rows: Rows, config: GatesConfig) -> GateRun:
-    """Set a vector to the mean of what the gates read in the expert's cluster, over as many rows as others train on."""
-    training = config.training
-    share = -(-training.batch_size // len(gates.vectors))
-    total = torch.zeros(seed.config.hidden_size)
+def _take_mean(member: GateConfig, frozen: Frozen, gates: ExpertGates) -> tuple[dict[str, Tensor], GateRun]:
+    """The mean of what the gate reads in the expert's cluster, over as many rows as it would be trained on jointly."""
+    training, seed = member.training, frozen.seed
+    share = -(-training.batch_size // frozen.clusters.config.clusters)
+    rows = frozen.rows(member.expert)
+    total_D = torch.zeros(seed.config.hidden_size)
     seed.to(device())
     for step in range(training.steps):
         ids_BT = rows.batch(step, share, training.seed + 2)[:, :-1]
         with torch.no_grad():
-            total += gates.read(seed, ids_BT.to(device())).mean((0, 1)).cpu() / training.steps
+            total_D += gates.read(seed, ids_BT.to(device())).mean((0, 1)).cpu() / training.steps
     seed.cpu()
-    gates.vectors[expert].data.copy_(total)
     tokens = training.steps * share * training.sequence_length
-    return GateRun(mode="mean-activation", expert=expert, openness=(), tokens=tokens, training=None)
+    found = GateRun(
+        place=member.place, mode=member.mode, expert=member.expert, openness=(), tokens=tokens, training=None
+    )
+    return {"vectors": total_D[None]}, found
 
 
-def _slot(name: str) -> int:
-    return int(name.removeprefix("open_")) if name.startswith("open_") else -1
+def _gather(
+    config: GatesConfig, frozen: Frozen, experts: ExpertsManifest, members: dict[str, GateManifest]
+) -> GatesManifest:
+    """Write the manifest of `gates/`, and all tensors in one file beside it."""
+    run_dir = frozen.run_dir
+    inputs = [*frozen.inputs(None), *(member.as_input(folder) for folder, member in members.items())]
+    with claim_folder(run_dir, GatesManifest, config, inputs, collection=True) as claim:
+        if claim.finished:
+            return claim.finished
+        tensors = dict(_all_tensors(run_dir, members.values()))
+        metrics = GatesMetrics(
+            layer=config.reading.layer_read(frozen.seed.config.num_hidden_layers),
+            end_of_text=frozen.end,
+            experts=experts.metrics.experts,
+            runs=tuple(member.metrics for member in members.values()),
+        )
+        written = [write_tensors(claim.path / TENSORS, tensors, run_dir, "gates")] if claim.leader else []
+        return claim.finish(written, metrics)
+
+
+def _all_tensors(run_dir: Path, members: Iterable[GateManifest]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by the names they have in `gates/`: those of single experts under each other, in their order."""
+    found: dict[str, list[Tensor]] = {}
+    for member in members:
+        label = label_of(member.config.place, member.config.mode)
+        for name, tensor in read_tensors(member.output(TENSORS).check(run_dir)).items():
+            found.setdefault(f"{label}.{name}", []).append(tensor)
+    return ((name, torch.cat(tensors)) for name, tensors in found.items())

@@ -131,7 +131,7 @@ class RunModels:
         numbers = range(len(self.experts))
         gate = None
         if manifest.config.gates != "none" and self.gates is not None:
-            gate = (self.gate_tensors(), *self.gates.reading(manifest.config.gates))
+            gate = (self.gate_tensors(), *self.gates.reads(manifest.config.gates))
         return {
             "central": CentralConfig.from_mapping(shapes["central"]),
             "bridges": BridgeConfig.from_mapping(shapes["bridges"]),

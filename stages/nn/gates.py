@@ -1,17 +1,20 @@
 """PHATGOOSE gates: one vector per expert reads a hidden state and tells when the expert is worth asking.
 
-Shape letters: B batch, T tokens, N tokens in one line, D width of the state read, X experts.
+Shape letters: B batch, T tokens, D width of the state read, X experts.
 
 - the paper gates LoRA updates inside one model (see `stages.nn.routed`); where an expert is a whole model, its gate
   mixes probabilities: p = (1 - g) p_seed + g p_expert with g = sigmoid(v · u)
-- u is normalised (no learned scale) while training too, so that vectors of different experts compare on equal terms
-- `independent` (Muqeeth et al. 2024, section 3): each vector sees its own expert and cluster only; at use the scores
-  are v̂ · û / sqrt(D) of the normalised vectors. There is no slot for "none of them"
-- `joint`: the same vectors and a bias, all experts present, one softmax in which the seed has a slot of score 0
+- while training, the weights are a softmax of v · u in which the seed has a slot of score 0. With one expert that is
+  (1 - g, g): `independent` gates (Muqeeth et al. 2024, section 3) are trained so, each on its own expert and cluster;
+  at use their scores are v̂ · û / sqrt(D) of the normalised vectors, without a slot for "none of them"
+- `joint`: the same vectors and a bias, all experts present, and the seed's slot kept at use
 - `contrastive`: a vector and a bias tell the expert's own cluster from the others, by the seed's states alone
 - `mean-activation`: the mean state of the expert's cluster, used like an independent vector; nothing is trained
+- whole experts' gates read normalised states (no learned scale) while training too, so that vectors of different
+  experts compare on equal terms
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -25,6 +28,7 @@ from stages.nn.decoder import Decoder, token_log_probs
 from stages.nn.fading import fading_sums
 
 ALL = Selection()
+BIASED = ("joint", "contrastive")  # modes in which a gate at the input of an expert has a bias
 
 
 def normalise(x_BTD: Tensor) -> Tensor:
@@ -36,31 +40,32 @@ def normalise(x_BTD: Tensor) -> Tensor:
 class Gates(nn.Module):
     """The gates of X experts at one place."""
 
-    def __init__(self, vectors_XD: Tensor, bias_X: Tensor, mode: GateMode) -> None:
+    def __init__(self, vectors_XD: Tensor, bias_X: Tensor | None, mode: GateMode) -> None:
         super().__init__()
         if mode not in get_args(GateMode):
             raise ValueError(f"{mode!r} is no mode of gates")
-        # One parameter per expert: adding an expert leaves the others' as they are, and a vector gets no weight decay.
+        # One parameter per expert: a vector gets no weight decay, which a matrix would.
         self.vectors = nn.ParameterList([vector_D.clone() for vector_D in vectors_XD])
-        self.bias = nn.Parameter(bias_X.clone(), requires_grad=mode in ("joint", "contrastive"))
+        self.bias = None if bias_X is None or mode not in BIASED else nn.Parameter(bias_X.clone())
         self.mode = mode
 
     def stacked(self) -> Tensor:
         """The vectors [X, D] in fp32."""
         return torch.stack(list(self.vectors)).float()
 
-    def scores(self, u_BTD: Tensor) -> Tensor:
-        """Raw scores [B, T, X] of the training formulas: v · û + bias."""
-        return normalise(u_BTD) @ self.stacked().T + self.bias.float()
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved: `vectors` [X, D], and `bias` [X] where there is one."""
+        bias = {} if self.bias is None else {"bias": self.bias.detach()}
+        return {"vectors": self.stacked().detach(), **bias}
 
-    def training_log_weights(self, u_BTD: Tensor, own: int | None) -> Tensor:
-        """Log weights [B, T, X + 1] while training: of the seed and expert `own` alone, or of all together (None)."""
-        score_BTX = self.scores(u_BTD)
-        if own is None:
-            return F.pad(score_BTX, (1, 0)).log_softmax(-1)
-        closed_BTX = torch.full_like(score_BTX, -torch.inf)
-        closed_BTX[..., own] = F.logsigmoid(score_BTX[..., own])
-        return torch.cat([F.logsigmoid(-score_BTX[..., own, None]), closed_BTX], -1)
+    def scores(self, u_BTD: Tensor) -> Tensor:
+        """Raw scores [B, T, X] of the training formulas: v · u + bias."""
+        score_BTX = u_BTD.float() @ self.stacked().T
+        return score_BTX if self.bias is None else score_BTX + self.bias.float()
+
+    def training_log_weights(self, u_BTD: Tensor) -> Tensor:
+        """Log weights [B, T, X + 1] while training, of the seed and of all experts."""
+        return F.pad(self.scores(u_BTD), (1, 0)).log_softmax(-1)
 
     def log_weights(self, u_BTD: Tensor, selection: Selection = ALL) -> Tensor:
         """Log weights [B, T, X + 1] at use; slot 0 is the seed ("none of them").
@@ -116,7 +121,7 @@ class ExpertGates(Gates):
     """
 
     def __init__(
-        self, vectors_XD: Tensor, bias_X: Tensor, mode: GateMode, layer: int, memory: float, end_of_text: int
+        self, vectors_XD: Tensor, bias_X: Tensor | None, mode: GateMode, layer: int, memory: float, end_of_text: int
     ) -> None:
         """`memory`: share of the past that is kept per token; `end_of_text`: id of the token before each document."""
         super().__init__(vectors_XD, bias_X, mode)
@@ -131,17 +136,17 @@ class ExpertGates(Gates):
         """Gates at their start: all zero, so g is a half and all experts are equal."""
         return cls(torch.zeros(experts, width), torch.zeros(experts), mode, layer, memory, end_of_text)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What is saved: `<mode>.vectors` [X, D], `<mode>.bias` [X]."""
-        return {f"{self.mode}.vectors": self.stacked().detach(), f"{self.mode}.bias": self.bias.detach()}
-
     @classmethod
     def from_tensors(
         cls, tensors: dict[str, Tensor], mode: GateMode, layer: int, memory: float, end_of_text: int
     ) -> "ExpertGates":
-        """The inverse of `tensors`, frozen."""
-        gates = cls(tensors[f"{mode}.vectors"], tensors[f"{mode}.bias"], mode, layer, memory, end_of_text)
+        """Gates with the tensors `<mode>.vectors` and, where there is one, `<mode>.bias`; frozen."""
+        gates = cls(tensors[f"{mode}.vectors"], tensors.get(f"{mode}.bias"), mode, layer, memory, end_of_text)
         return gates.requires_grad_(False)
+
+    def scores(self, u_BTD: Tensor) -> Tensor:
+        """Raw scores [B, T, X]: v · û + bias."""
+        return super().scores(normalise(u_BTD))
 
     def remembered(self, u_BTD: Tensor, ids_BT: Tensor, before_BD: Tensor | None = None) -> Tensor:
         """What the gates read at each token [B, T, D]: the sum of the normalised states up to it.
@@ -185,17 +190,14 @@ class SeedGate(nn.Module):
 
 
 class GateLoss(nn.Module):
-    """Loss of expert gates over frozen models: cross-entropy of the mixture they make, in nats per token.
+    """Loss of expert gates over frozen models: cross-entropy of the mixture they make, in nats per token."""
 
-    `own`: the one expert whose gate is trained (`independent`); None trains all gates together (`joint`).
-    """
-
-    def __init__(self, gates: ExpertGates, seed: Decoder, experts: list[Decoder], own: int | None) -> None:
+    def __init__(self, gates: ExpertGates, seed: Decoder, experts: Sequence[nn.Module]) -> None:
+        """`experts`: one for each gate."""
         super().__init__()
         self.gates = gates
         self.seed = seed
         self.experts = nn.ModuleList(experts)
-        self.own = own
 
     def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
         """`row_BT`: T = sequence length + 1 token ids. `open_i`: mean weight of the seed (0) and of each expert."""
@@ -204,13 +206,15 @@ class GateLoss(nn.Module):
             states = self.seed.hidden_states(ids_BT)
             seed_BT = token_log_probs(self.seed.lm_head(states[-1]), target_BT)
             expert_BTX = torch.stack([token_log_probs(e(ids_BT), target_BT) for e in self.experts], -1)
-        read_BTD = self.gates.remembered(states[self.gates.layer], ids_BT)
-        weight_BTX = self.gates.training_log_weights(read_BTD, self.own)
-        if self.own is not None:
-            weight_BTX = weight_BTX[..., [0, self.own + 1]]
+        weight_BTX = self.gates.training_log_weights(self.gates.remembered(states[self.gates.layer], ids_BT))
         mixture_BT = (weight_BTX + torch.cat([seed_BT[..., None], expert_BTX], -1)).logsumexp(-1)
-        open_X = weight_BTX.detach().exp().mean((0, 1))
-        return {"loss": -mixture_BT.mean(), **{f"open_{slot}": share for slot, share in enumerate(open_X)}}
+        return {"loss": -mixture_BT.mean(), **openness(weight_BTX)}
+
+
+def openness(log_weight_BTX: Tensor) -> dict[str, Tensor]:
+    """The mean weight of each slot, as `open_0`, `open_1`, …"""
+    share_X = log_weight_BTX.detach().exp().mean((0, 1))
+    return {f"open_{slot}": share for slot, share in enumerate(share_X)}
 
 
 class ContrastiveLoss(nn.Module):

@@ -163,7 +163,8 @@ def test_a_word_the_command_line_does_not_know_is_usage(cpipe, tmp_path, words, 
         (["train-seed", "--steps", "0"], "`training.steps`: input should be greater than 0, found 0"),
         (
             ["train-gates", "--modes", "both"],
-            "`modes.0`: input should be 'independent', 'joint', 'contrastive' or 'mean-activation', found 'both'",
+            "`modes.0`: input should be 'independent', 'joint', 'contrastive', 'mean-activation' or 'arrow', "
+            "found 'both'",
         ),
         (["train-seed", "--num-attention-heads", "3"], "hidden_size 256 is not divisible by num_attention_heads 3"),
         (["compose", "--name", "tokens"], "`central-<word>`"),

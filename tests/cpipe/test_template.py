@@ -43,8 +43,8 @@ def test_choices_stand_beside_their_setting() -> None:
         in settings_template()
     )
     assert (
-        '#modes = ["independent", "joint", "contrastive"]  # of independent, joint, contrastive, mean-activation\n'
-        in (settings_template())
+        '#modes = ["independent", "joint", "contrastive"]  '
+        "# of independent, joint, contrastive, mean-activation, arrow\n" in (settings_template())
     )
     assert "# tree: not set (a text)\n# " not in settings_template()
 

@@ -16,7 +16,7 @@ TEXT = "the cat, naïve 東京"
 @pytest.fixture(scope="module")
 def gates(full_run):
     return ExpertGates.from_tensors(
-        RunModels.find(full_run).gate_tensors(), *GatesManifest.read(full_run).reading("joint")
+        RunModels.find(full_run).gate_tensors(), *GatesManifest.read(full_run).reads("joint")
     )
 
 
@@ -34,7 +34,7 @@ def test_each_token_is_routed_by_the_text_before_it(full_run, gates):
     assert ids.shape[1] < seed.config.max_position_embeddings
     read = gates.remembered(seed.hidden_states(ids, depth=gates.layer)[-1], ids)
     expected = gates.log_weights(read, Selection(top_k=1))[0, :-1].exp()
-    found = list(route_text.stream(RouteConfig(text=TEXT, top_k=1), full_run))
+    found = list(route_text.stream(RouteConfig(text=TEXT, selection=Selection(top_k=1)), full_run))
     assert "".join(token.text for token in found) == TEXT
     torch.testing.assert_close(torch.tensor([[token.seed, *token.weights] for token in found]), expected)
     scores = torch.tensor([token.scores for token in found])
@@ -51,7 +51,7 @@ def test_a_text_longer_than_the_context_is_remembered_over_windows(full_run, gat
     for start in range(0, len(ids) - 1, width):
         for u in seed.hidden_states(torch.tensor([ids[start : min(start + width, len(ids) - 1)]]), depth=1)[-1][0]:
             total = gates.memory * total + (u - u.mean()) / u.std(correction=0)
-    last = list(route_text.stream(RouteConfig(text=text, top_k=None), full_run))[-1]
+    last = list(route_text.stream(RouteConfig(text=text, selection=Selection()), full_run))[-1]
     torch.testing.assert_close(
         torch.tensor([last.seed, *last.weights]), gates.log_weights(total[None, None])[0, 0].exp(), atol=1e-4, rtol=1e-3
     )
@@ -66,7 +66,7 @@ def test_the_name_of_a_special_token_and_no_text_are_text(full_run):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"top_k": 9}, "--top-k 9 is more than the run's 3 experts"),
+        ({"selection": Selection(top_k=9)}, "--top-k 9 is more than the run's 3 experts"),
         ({"mode": "mean-activation"}, "learnt as independent, joint, contrastive, not mean-activation"),
     ],
 )

@@ -9,12 +9,14 @@ from schemas.cluster_documents import ClusterManifest
 from schemas.failures import InputFailure, IntegrityFailure, UsageFailure
 from schemas.files import digest_of
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_experts import ExpertsConfig
-from schemas.train_gates import GateMode, GatesConfig, GatesManifest
+from schemas.train_experts import ExpertManifest, ExpertsConfig
+from schemas.train_gates import ALONE, GateManifest, GateMode, GateReading, GatesConfig, GatesManifest
 from schemas.training import TrainingConfig
 from stages import cluster_documents, train_experts, train_gates
-from stages.artifacts.model_folder import checksum, read_tensors
+from stages.artifacts.model_folder import checksum, read_model, read_tensors
+from stages.nn.decoder import Decoder
 
+MODES = tuple(mode for mode in get_args(GateMode) if mode != "arrow")  # which is for modules
 TRAINING = TrainingConfig(
     steps=30, batch_size=6, sequence_length=32, learning_rate=0.01, weight_decay=0.0, engine="torch", precision="fp32"
 )
@@ -22,7 +24,7 @@ TRAINING = TrainingConfig(
 
 @pytest.fixture(scope="module")
 def config():
-    return GatesConfig(modes=get_args(GateMode), training=TRAINING)
+    return GatesConfig(modes=MODES, training=TRAINING)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,10 @@ def weights_on_disk(run_dir):
 def test_the_manifest_says_what_was_done(gated_run, config):
     manifest = GatesManifest.read(gated_run)
     assert manifest.config == config
-    assert [ref.name for ref in manifest.inputs] == ["tokens", "clusters", "seed", "experts"]
+    assert [ref.name for ref in manifest.inputs] == [
+        "tokens", "clusters", "seed", "experts", *(f"gates/independent/{number:03d}" for number in range(3)),
+        "gates/joint", "gates/contrastive", *(f"gates/mean-activation/{number:03d}" for number in range(3)),
+    ]  # fmt: skip
     assert manifest.metrics.layer == 1  # half of two
     assert manifest.metrics.experts == 3
     assert [(run.mode, run.expert) for run in manifest.metrics.runs] == [
@@ -72,8 +77,8 @@ def test_the_manifest_says_what_was_done(gated_run, config):
         assert run.tokens == (asked // 3 if run.mode == "mean-activation" else asked)
         assert (run.training is None) == (run.mode == "mean-activation")
     assert {name: tuple(tensor.shape) for name, tensor in gates_of(gated_run).items()} == {
-        f"{mode}.{name}": shape for mode in get_args(GateMode) for name, shape in (("bias", (3,)), ("vectors", (3, 32)))
-    }
+        **{f"{mode}.vectors": (3, 32) for mode in MODES}, "joint.bias": (3,), "contrastive.bias": (3,)
+    }  # fmt: skip
 
 
 def decoders_of(loss):
@@ -105,10 +110,9 @@ def test_trained_gates_mix_better_than_closed_ones(expert_run, copied_run, confi
 
 def test_every_vector_has_learnt_and_independent_gates_have_no_bias(gated_run):
     gates = gates_of(gated_run)
-    for mode in get_args(GateMode):
+    for mode in MODES:
         assert (gates[f"{mode}.vectors"].abs().amax(1) > 0).all()
-    for mode in get_args(GateMode):
-        assert (gates[f"{mode}.bias"] != 0).all() == (mode in ("joint", "contrastive"))
+        assert mode in ALONE or (gates[f"{mode}.bias"] != 0).all()
 
 
 def test_seed_and_experts_stay_as_they_are(expert_run, copied_run, config, calls, monkeypatch):
@@ -130,7 +134,11 @@ def test_seed_and_experts_stay_as_they_are(expert_run, copied_run, config, calls
 
     monkeypatch.setattr(train_gates, "train", check)
     train_gates.run(config, run_dir)
-    assert list(sums) == ["gate 000", "gate 001", "gate 002", "gates joint", "gates contrastive"]
+    assert list(sums) == [
+        *(f"gates independent {number:03d}" for number in range(3)),
+        "gates joint",
+        "gates contrastive",
+    ]
     assert weights_on_disk(run_dir) == on_disk
 
 
@@ -144,8 +152,11 @@ def test_an_independent_gate_is_trained_on_its_own_cluster_and_expert_alone(expe
         assert tokens[3] - tokens[number]
         assert not tokens[number] <= tokens[(number + 1) % 3]  # each kind has words of its own
     for number in range(3):
-        assert len(calls[f"gate {number:03d}"][0].experts) == 1
-        assert calls[f"gate {number:03d}"][0].own == number
+        (expert,) = calls[f"gates independent {number:03d}"][0].experts
+        own = Decoder.from_weights(
+            *read_model(run_dir, ExpertManifest.read(run_dir, f"experts/{number:03d}"), f"experts/{number:03d}")
+        )
+        assert checksum(expert.weights()) == checksum(own.weights())
     assert len(calls["gates joint"][0].experts) == 3
 
 
@@ -162,7 +173,7 @@ def test_the_same_settings_give_the_same_bytes(gated_run, copied_run, config):
 
 def test_a_changed_setting_is_refused_by_name_and_forced(gated_run, copied_run, config, calls):
     run_dir = copied_run(gated_run)
-    other = config.model_copy(update={"layer": 2})
+    other = config.model_copy(update={"reading": GateReading(layer=2)})
     with pytest.raises(UsageFailure, match=r"layer was null and is now 2: give --force"):
         train_gates.run(other, run_dir)
     assert not calls
@@ -171,7 +182,7 @@ def test_a_changed_setting_is_refused_by_name_and_forced(gated_run, copied_run, 
 
 def test_a_layer_the_seed_does_not_have_is_refused(expert_run, copied_run, config):
     with pytest.raises(UsageFailure, match="--layer 3 is beyond the seed's 2 layers"):
-        train_gates.run(config.model_copy(update={"layer": 3}), copied_run(expert_run))
+        train_gates.run(config.model_copy(update={"reading": GateReading(layer=3)}), copied_run(expert_run))
 
 
 def test_one_mode_alone_writes_its_own_gates(gated_run, expert_run, copied_run, config):
@@ -208,7 +219,7 @@ def test_gates_do_not_pass_for_those_of_an_expert_trained_again(gated_run, copie
     with pytest.raises(UsageFailure, match=r"no experts in .*: run `cpipe train-experts"):
         train_gates.run(config, run_dir)
     train_experts.run(other, run_dir, force=True)
-    with pytest.raises(UsageFailure, match="its input experts has changed: give --force"):
+    with pytest.raises(UsageFailure, match="its input experts/000 has changed: give --force"):
         train_gates.run(config, run_dir)
 
 
@@ -228,7 +239,7 @@ def test_interrupted_between_gates_it_ends_with_the_same_bytes(gated_run, expert
     real = train_gates.train
 
     def interrupted(module, batch_at, config, folder, label):
-        if label == "gate 002":
+        if label == "gates independent 002":
             raise KeyboardInterrupt
         return real(module, batch_at, config, folder, label)
 
@@ -249,7 +260,7 @@ def test_contrastive_gates_know_their_clusters_and_mean_vectors_are_means(expert
         read = module.gates.read(module.seed, ids)
         found = module.gates.scores(read).argmax(-1)
     assert (found == clusters[:, None]).float().mean() > 0.8
-    single = calls["gate 001"][1]
+    single = calls["gates independent 001"][1]
     total = torch.zeros(32)
     for step in range(TRAINING.steps):  # a third of the rows that the independent gate saw
         with torch.no_grad():
@@ -264,10 +275,12 @@ def test_gates_see_the_documents_that_two_experts_share(expert_run, copied_run, 
     clusters = ClusterManifest.read(run_dir)
     cluster_documents.run(clusters.config.model_copy(update={"overlap": 0.3}), run_dir, force=True)
     shared = ClusterManifest.read(run_dir)
-    rows = train_gates._rows_of_clusters(config, run_dir, TokenizeManifest.read(run_dir), shared)
-    alone = train_gates._rows_of_clusters(config, expert_run, TokenizeManifest.read(expert_run), clusters)
-    assert sum(rows[cluster].tokens for cluster in range(3)) > sum(alone[cluster].tokens for cluster in range(3))
-    assert rows[None].tokens == alone[None].tokens
+    assert shared.config.overlap == 0.3
+    frozen, alone = (train_gates.Frozen(config, path) for path in (run_dir, expert_run))
+    assert sum(frozen.rows(number).tokens for number in range(3)) > sum(
+        alone.rows(number).tokens for number in range(3)
+    )
+    assert frozen.rows(None).tokens == alone.rows(None).tokens
 
 
 def test_gates_write_no_text(expert_run, copied_run, config):
@@ -275,3 +288,38 @@ def test_gates_write_no_text(expert_run, copied_run, config):
     asked = config.model_copy(update={"modes": ("joint",), "training": training})
     with pytest.raises(UsageFailure, match="gates joint cannot write text while it is trained: leave --sample-every"):
         train_gates.run(asked, copied_run(expert_run))
+
+
+def test_the_gates_of_one_expert_are_a_job_of_their_own(gated_run, expert_run, copied_run, config):
+    run_dir = copied_run(expert_run)
+    shutil.rmtree(run_dir / "experts/000")  # other machines have them
+    (run_dir / "experts/manifest.json").unlink()
+    train_gates.run(config.model_copy(update={"expert": 1}), run_dir)
+    for mode in ("independent", "mean-activation"):
+        own, other = (GateManifest.read(run, f"gates/{mode}/001") for run in (run_dir, gated_run))
+        assert own.content_digest() == other.content_digest()
+    assert not (run_dir / "gates/manifest.json").exists()
+    assert not (run_dir / "gates/independent/000").exists()
+
+
+def test_one_experts_gates_are_not_asked_for_wrongly(expert_run, copied_run, config):
+    run_dir = copied_run(expert_run)
+    with pytest.raises(UsageFailure, match="--expert 3 is not one of the 3 experts"):
+        train_gates.run(config.model_copy(update={"expert": 3}), run_dir)
+    with pytest.raises(UsageFailure, match="gates learnt as joint know of all experts: leave --expert out"):
+        train_gates.run(config.model_copy(update={"expert": 1, "modes": ("joint",)}), run_dir)
+
+
+def test_force_does_again_what_is_not_as_asked_for_and_leaves_the_rest(gated_run, copied_run, config, training, calls):
+    run_dir = copied_run(gated_run)
+    again = ExpertsConfig(training=training.model_copy(update={"seed": 9}), expert="1")
+    train_experts.run(again, run_dir, force=True)
+    shutil.copy(gated_run / "experts/manifest.json", run_dir / "experts/manifest.json")
+    with pytest.raises(UsageFailure, match="gates/independent/001 is finished, but its input experts/001 has changed"):
+        train_gates.run(config, run_dir)
+    assert not calls
+    train_gates.run(config, run_dir, force=True)
+    assert list(calls) == ["gates independent 001"]
+    calls.clear()
+    train_gates.run(config, run_dir, force=True)
+    assert len(calls) == 5  # all of them
