@@ -11,7 +11,7 @@ from schemas.strict import Config, Strict, runtime_setting
 from schemas.training import TrainingConfig, TrainingMetrics
 
 GateMode = Literal["independent", "joint", "contrastive", "mean-activation", "arrow"]
-Place = Literal["expert", "module"]
+Place = Literal["expert", "layer", "module"]
 ALONE: tuple[GateMode, ...] = ("independent", "mean-activation", "arrow")  # modes that know of no other expert
 
 
@@ -41,7 +41,7 @@ class GateReading(Config):
         0.99,
         ge=0,
         le=1,
-        description="Share of what an expert's gate has read of a document that it keeps per token; 0: the paper.",
+        description="Share of what a gate has read of a document that it keeps per token; 0: the paper.",
     )
     layer: int | None = Field(
         None, ge=0, description="Seed layer whose hidden state an expert's gate reads; default: half of its depth."
@@ -66,8 +66,8 @@ class GatesConfig(Config):
     places: tuple[Place, ...] = Field(
         ("expert",),
         min_length=1,
-        description="Where gates stand: at the input of each expert, or at each module inside the model, which is a "
-        "linear layer of LoRA experts and an MLP of full ones.",
+        description="Where gates stand: at the input of each expert; at each module inside the model, which is a "
+        "linear layer of LoRA experts and an MLP of full ones (the paper's); or at each layer, for all its modules.",
     )
     modes: tuple[GateMode, ...] = Field(
         ("independent", "joint", "contrastive"),
@@ -88,12 +88,12 @@ class GatesConfig(Config):
     @model_validator(mode="after")
     def _modes_have_a_place(self) -> Self:
         if "arrow" in self.modes and "module" not in self.places:
-            raise ValueError("mode arrow reads the weights of modules: add --places module, or leave it out of modes")
+            raise ValueError("mode arrow reads the weights of modules: add module to places, or leave it out of modes")
         return self
 
     def kinds(self) -> Iterator[tuple[Place, GateMode]]:
         """Every mode at every place where there is such a thing."""
-        return ((place, mode) for place in self.places for mode in self.modes if (place, mode) != ("expert", "arrow"))
+        return ((place, mode) for place in self.places for mode in self.modes if mode != "arrow" or place == "module")
 
 
 class GateConfig(Config):

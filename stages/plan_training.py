@@ -40,7 +40,8 @@ from stages.engine.processes import find_place
 from stages.nn.central import CentralLoss, CentralModel
 from stages.nn.composed import ComposedLoss, ComposedModel
 from stages.nn.decoder import Decoder, NextTokenLoss
-from stages.nn.gates import ContrastiveLoss, ExpertGates, GateLoss, SeedGate
+from stages.nn.gate_losses import ContrastiveLoss, GateLoss
+from stages.nn.gates import ExpertGates, SeedGate
 from stages.nn.lora import add_adapters
 from stages.nn.planning import PassCost, cost_of_pass
 

@@ -8,9 +8,10 @@
 - an expert equal to its seed would leave its gate without a gradient: refused
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from schemas.train_gates import (
     ALONE,
     GateConfig,
     GateManifest,
+    GateMode,
     GateRun,
     GatesConfig,
     GatesManifest,
@@ -33,15 +35,18 @@ from schemas.train_gates import (
 )
 from schemas.train_seed import SeedManifest
 from stages.artifacts.model_folder import device, read_model, read_tensors, write_tensors
-from stages.artifacts.run_models import expert_folder, read_expert
+from stages.artifacts.run_models import Weights, expert_folder, read_expert, routed_parts
 from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import LabelledBatches, Rows
 from stages.data.token_store import TokenStore, read_table
 from stages.engine.loop import train
 from stages.nn.decoder import Decoder
-from stages.nn.gates import ContrastiveLoss, ExpertGates, GateLoss, Gates
+from stages.nn.gate_losses import ContrastiveLoss, GateLoss, RoutedContrastiveLoss, RoutedLoss
+from stages.nn.gates import ExpertGates, normalise
+from stages.nn.routed import RoutedDecoder
 
 TENSORS = "gates.safetensors"
+D = TypeVar("D", bound=Decoder)
 
 
 def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesManifest | GateManifest:
@@ -92,7 +97,7 @@ class Frozen:
     @cached_property
     def seed(self) -> Decoder:
         """The seed."""
-        return self._as_trained(Decoder.from_weights(*read_model(self.run_dir, self.seed_manifest)))
+        return self.as_trained(Decoder.from_weights(*read_model(self.run_dir, self.seed_manifest)))
 
     @cached_property
     def count(self) -> int:
@@ -102,17 +107,27 @@ class Frozen:
     def expert(self, number: int) -> Decoder:
         """An expert. Raises InputFailure when it equals the seed."""
         if number not in self._experts:
-            self._experts[number] = self._as_trained(self._read_expert(number))
+            self._experts[number] = self.as_trained(self._read_expert(number))
         return self._experts[number]
 
-    def _as_trained(self, decoder: Decoder) -> Decoder:
+    def as_trained(self, decoder: D) -> D:
+        """The decoder, seeing of a row what it saw when it was trained."""
         decoder.separator = self.end if self._training.mask_documents else None
         return decoder
 
+    def routed_parts(self, numbers: Sequence[int], shared: str) -> dict[str, Any]:
+        """What puts these experts into one decoder. Raises InputFailure when one equals the seed."""
+        for number in numbers:
+            self.expert(number)
+        folders = [expert_folder(number) for number in numbers]
+        return routed_parts(self.run_dir, folders, self.seed_manifest, self._seed_weights, shared)
+
+    def _seed_weights(self) -> Weights:
+        return self.seed.config, self.seed.weights()
+
     def _read_expert(self, number: int) -> Decoder:
         seed = self.seed
-        folder = expert_folder(number)
-        weights = read_expert(self.run_dir, folder, self.seed_manifest, lambda: (seed.config, seed.weights()))
+        weights = read_expert(self.run_dir, expert_folder(number), self.seed_manifest, self._seed_weights)
         expert = Decoder.from_weights(*weights)
         if all(torch.equal(own, other) for own, other in zip(expert.parameters(), seed.parameters(), strict=True)):
             raise InputFailure(
@@ -175,61 +190,82 @@ def _train_member(folder: str, member: GateConfig, frozen: Frozen, force: bool) 
 
 def _make(member: GateConfig, frozen: Frozen, folder: Path) -> tuple[dict[str, Tensor], GateRun]:
     """The gates' tensors, and how they came to be."""
-    training, count = member.training, 1 if member.expert is not None else frozen.count
-    seed = frozen.seed
-    layer = member.reading.layer_read(seed.config.num_hidden_layers)
-    width, memory = seed.config.hidden_size, member.reading.memory
-    gates = ExpertGates.closed(count, width, member.mode, layer, memory, frozen.end)
-    order = training.batch_size, training.seed + 2
+    training, mode = member.training, member.mode
     numbers = range(frozen.count) if member.expert is None else [member.expert]
-    if member.mode == "mean-activation":
+    gates = _closed(member, frozen, numbers)
+    if mode == "arrow" and isinstance(gates, RoutedDecoder):
+        directions = {f"{name}.vectors": module.directions() for name, module in gates.routed().items()}
+        return directions, _untrained(member, 0)
+    if mode == "mean-activation":
         return _take_mean(member, frozen, gates)
-    if member.mode == "contrastive":
-        batch_at = LabelledBatches([frozen.rows(number) for number in numbers], *order)
-        return _train(member, gates, ContrastiveLoss(gates, seed), batch_at, folder)
-    loss = GateLoss(gates, seed, [frozen.expert(number) for number in numbers])
-    return _train(member, gates, loss, frozen.rows(member.expert).batches(*order), folder)
+    loss = _loss(mode, gates, frozen, numbers)
+    order = training.batch_size, training.seed + 2
+    if mode == "contrastive":
+        batch_at: Callable[[int], Tensor] = LabelledBatches([frozen.rows(number) for number in numbers], *order)
+    else:
+        batch_at = frozen.rows(member.expert).batches(*order)
+    run = _train(member, loss, batch_at, folder)
+    return gates.gate_tensors() if isinstance(gates, RoutedDecoder) else gates.tensors(), run
 
 
-def _train(
-    member: GateConfig,
-    gates: Gates,
-    loss: nn.Module,
-    batch_at: Callable[[int], Tensor],
-    folder: Path,
-) -> tuple[dict[str, Tensor], GateRun]:
+def _closed(member: GateConfig, frozen: Frozen, numbers: Sequence[int]) -> ExpertGates | RoutedDecoder:
+    """The gates of these experts at their start: at the experts' inputs, or with the decoder they stand in."""
+    reading, shape = member.reading, frozen.seed.config
+    if member.place == "expert":
+        layer = reading.layer_read(shape.num_hidden_layers)
+        return ExpertGates.closed(len(numbers), shape.hidden_size, member.mode, layer, reading.memory, frozen.end)
+    routed = RoutedDecoder.from_parts(
+        **frozen.routed_parts(numbers, reading.shared),
+        place=member.place,
+        mode=member.mode,
+        memory=reading.memory,
+        end_of_text=frozen.end,
+    )
+    return frozen.as_trained(routed)
+
+
+def _loss(mode: GateMode, gates: ExpertGates | RoutedDecoder, frozen: Frozen, numbers: Sequence[int]) -> nn.Module:
+    if isinstance(gates, RoutedDecoder):
+        return RoutedContrastiveLoss(gates) if mode == "contrastive" else RoutedLoss(gates)
+    if mode == "contrastive":
+        return ContrastiveLoss(gates, frozen.seed)
+    return GateLoss(gates, frozen.seed, [frozen.expert(number) for number in numbers])
+
+
+def _train(member: GateConfig, loss: nn.Module, batch_at: Callable[[int], Tensor], folder: Path) -> GateRun:
     label = label_of(member.place, member.mode) + ("" if member.expert is None else f" {member.expert:03d}")
     metrics = train(loss, batch_at, member.training, folder, f"gates {label}")
     with torch.no_grad():
         parts = loss.cpu()(batch_at(member.training.steps))
     slots = sorted((name for name in parts if name.startswith("open_")), key=lambda name: int(name[len("open_") :]))
-    return gates.tensors(), GateRun(
-        place=member.place,
-        mode=member.mode,
-        expert=member.expert,
-        openness=tuple(round(float(parts[name]), 4) for name in slots),
-        tokens=metrics.tokens,
-        training=metrics,
-    )
+    openness = tuple(round(float(parts[name]), 4) for name in slots)
+    return _untrained(member, metrics.tokens).model_copy(update={"openness": openness, "training": metrics})
 
 
-def _take_mean(member: GateConfig, frozen: Frozen, gates: ExpertGates) -> tuple[dict[str, Tensor], GateRun]:
-    """The mean of what the gate reads in the expert's cluster, over as many rows as it would be trained on jointly."""
-    training, seed = member.training, frozen.seed
+def _untrained(member: GateConfig, tokens: int) -> GateRun:
+    place, mode, expert = member.place, member.mode, member.expert
+    return GateRun(place=place, mode=mode, expert=expert, openness=(), tokens=tokens, training=None)
+
+
+def _take_mean(
+    member: GateConfig, frozen: Frozen, gates: ExpertGates | RoutedDecoder
+) -> tuple[dict[str, Tensor], GateRun]:
+    """The mean of what each gate reads in the expert's cluster, over as many rows as it would be trained on jointly."""
+    training, rows = member.training, frozen.rows(member.expert)
     share = -(-training.batch_size // frozen.clusters.config.clusters)
-    rows = frozen.rows(member.expert)
-    total_D = torch.zeros(seed.config.hidden_size)
+    seed = gates if isinstance(gates, RoutedDecoder) else frozen.seed
     seed.to(device())
+    means: dict[str, Tensor] = {}
     for step in range(training.steps):
-        ids_BT = rows.batch(step, share, training.seed + 2)[:, :-1]
+        ids_BT = rows.batch(step, share, training.seed + 2)[:, :-1].to(device())
         with torch.no_grad():
-            total_D += gates.read(seed, ids_BT.to(device())).mean((0, 1)).cpu() / training.steps
+            read = gates.listen(ids_BT) if isinstance(gates, RoutedDecoder) else {"": gates.read(frozen.seed, ids_BT)}
+        for name, read_BTD in read.items():
+            mean_1D = normalise(read_BTD).mean((0, 1), keepdim=True)[0].cpu() / training.steps
+            key = f"{name}.vectors".removeprefix(".")
+            means[key] = means[key] + mean_1D if key in means else mean_1D
     seed.cpu()
-    tokens = training.steps * share * training.sequence_length
-    found = GateRun(
-        place=member.place, mode=member.mode, expert=member.expert, openness=(), tokens=tokens, training=None
-    )
-    return {"vectors": total_D[None]}, found
+    return means, _untrained(member, training.steps * share * training.sequence_length)
 
 
 def _gather(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from schemas.cluster_documents import ClusterManifest
@@ -16,9 +17,9 @@ from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME, InputRef, Manifest
 from schemas.train_experts import ExpertManifest, ExpertsManifest
-from schemas.train_gates import GatesManifest
+from schemas.train_gates import GateMode, GatesManifest, Place, label_of
 from schemas.train_seed import SeedManifest
-from stages.artifacts.adapter_folder import read_adapted
+from stages.artifacts.adapter_folder import read_adapted, read_adapter
 from stages.artifacts.model_folder import WEIGHTS, read_model, read_tensors
 
 Weights = tuple[DecoderConfig, dict[str, Tensor]]
@@ -109,6 +110,30 @@ class RunModels:
             return {}
         return read_tensors(self.gates.output("gates.safetensors").check(self.run_dir))
 
+    def routed(self, place: Place, mode: GateMode) -> dict[str, Any]:
+        """All parts of a decoder that asks the experts inside, by the names of the arguments that put them together.
+
+        Raises UsageFailure when the run has no such gates, or was made from something that was replaced since.
+        """
+        gates, label = self.gates, label_of(place, mode)
+        if gates is None or (place, mode) not in gates.config.kinds():
+            there = ", ".join(label_of(*kind) for kind in gates.config.kinds()) if gates else "none"
+            raise UsageFailure(
+                f"{self.run_dir} has no gates {label} (there: {there}): run `cpipe train-gates` for them"
+            )
+        self.refuse_other_ancestors(folders=[GatesManifest.folder])
+        folders = [expert_folder(number) for number in range(len(self.experts))]
+        reading = gates.config.reading
+        tensors = self.gate_tensors().items()
+        return {
+            **routed_parts(self.run_dir, folders, self.seed, partial(self.decoder, "seed"), reading.shared),
+            "place": place,
+            "mode": mode,
+            "memory": reading.memory,
+            "end_of_text": gates.metrics.end_of_text,
+            "tensors": {name.removeprefix(f"{label}."): each for name, each in tensors if name.startswith(f"{label}.")},
+        }
+
     def central_alone(self) -> tuple[CentralConfig, dict[str, Tensor]]:
         """Shape and weights of the central model before it met the experts."""
         if self.central is None:
@@ -161,6 +186,29 @@ def read_expert(run_dir: Path, folder: str, seed: SeedManifest, seed_decoder: Ca
         return read_model(run_dir, manifest, folder)
     shape, weights = seed_decoder()
     return shape, read_adapted(run_dir, manifest, seed, weights)
+
+
+def routed_parts(
+    run_dir: Path, folders: Sequence[str], seed: SeedManifest, seed_decoder: Callable[[], Weights], shared: str
+) -> dict[str, Any]:
+    """Experts to be put inside one decoder, by the names of the arguments that do so.
+
+    `shared`: what of full experts is not routed, "seed" or "average" of these experts; of LoRA experts it is the seed.
+    """
+    shape, weights = seed_decoder()
+    manifests = [ExpertManifest.read(run_dir, folder) for folder in folders]
+    if manifests[0].config.lora is not None:
+        found = [read_adapter(run_dir, manifest, seed, weights) for manifest in manifests]
+        scaled = [
+            {name: (a_RI, b_OR * (config.lora_alpha / config.r)) for name, (a_RI, b_OR) in each.items()}
+            for config, each in found
+        ]
+        return {"shared": (shape, weights), "seed": weights, "adapters": scaled, "experts": []}
+    experts = [read_model(run_dir, manifest, folder)[1] for manifest, folder in zip(manifests, folders, strict=True)]
+    between = weights
+    if shared == "average":
+        between = {name: torch.stack([each[name] for each in experts]).mean(0) for name in weights}
+    return {"shared": (shape, between), "seed": weights, "adapters": [], "experts": experts}
 
 
 def expert_folder(number: int) -> str:

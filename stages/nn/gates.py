@@ -10,11 +10,11 @@ Shape letters: B batch, T tokens, D width of the state read, X experts.
 - `joint`: the same vectors and a bias, all experts present, and the seed's slot kept at use
 - `contrastive`: a vector and a bias tell the expert's own cluster from the others, by the seed's states alone
 - `mean-activation`: the mean state of the expert's cluster, used like an independent vector; nothing is trained
+- `arrow` (Ostapenko et al. 2024): the direction a module's change reads most, whose sign says nothing: |v · u|
 - whole experts' gates read normalised states (no learned scale) while training too, so that vectors of different
   experts compare on equal terms
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from schemas.train_gates import GateMode, Selection
 from stages.nn.attention import StackCache
-from stages.nn.decoder import Decoder, token_log_probs
+from stages.nn.decoder import Decoder
 from stages.nn.fading import fading_sums
 
 ALL = Selection()
@@ -76,7 +76,8 @@ class Gates(nn.Module):
         score_BTX = self.scores_at_use(u_BTD)
         slot = 0.0 if self.mode == "joint" else -torch.inf
         score_BTS = F.pad(score_BTX, (1, 0), value=slot)
-        kept_BTX = select(score_BTS, self._openness(u_BTD, score_BTS), selection)
+        openness_BTX = None if selection.threshold is None else self._openness(u_BTD, score_BTS)
+        kept_BTX = select(score_BTS, openness_BTX, selection)
         none_BT1 = ~kept_BTX.any(-1, keepdim=True)
         kept_BTS = torch.cat([none_BT1 | (slot == 0.0), kept_BTX], -1)
         score_BTS = torch.where(none_BT1, F.pad(score_BTX, (1, 0)), score_BTS)
@@ -86,6 +87,8 @@ class Gates(nn.Module):
         """Scores [B, T, X] of which the weights are a softmax."""
         if self.mode in ("joint", "contrastive"):
             return self.scores(u_BTD)
+        if self.mode == "arrow":
+            return self.scores(u_BTD).abs()
         return normalise(u_BTD) @ normalise(self.stacked()).T / u_BTD.shape[-1] ** 0.5
 
     def _openness(self, u_BTD: Tensor, score_BTS: Tensor) -> Tensor:
@@ -95,11 +98,14 @@ class Gates(nn.Module):
         return score_BTS.softmax(-1)[..., 1:]
 
 
-def select(score_BTS: Tensor, openness_BTX: Tensor, selection: Selection) -> Tensor:
-    """Which experts are asked, bool [B, T, X], of scores with the seed's slot [B, T, X + 1]."""
-    kept_BTX = torch.ones_like(openness_BTX, dtype=torch.bool)
-    experts = openness_BTX.shape[-1]
-    if selection.threshold is not None:
+def select(score_BTS: Tensor, openness_BTX: Tensor | None, selection: Selection) -> Tensor:
+    """Which experts are asked, bool [B, T, X], of scores with the seed's slot [B, T, X + 1].
+
+    `openness_BTX`: what a threshold is compared with, where there is one.
+    """
+    kept_BTX = torch.ones_like(score_BTS[..., 1:], dtype=torch.bool)
+    experts = kept_BTX.shape[-1]
+    if selection.threshold is not None and openness_BTX is not None:
         kept_BTX = openness_BTX >= selection.threshold
     if selection.top_p is not None:
         share_BTS, order_BTS = score_BTS.softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -187,51 +193,3 @@ class SeedGate(nn.Module):
         read_BTD = self.gates.remembered(u_BTD, ids_BT, cache.read_BD)
         cache.read_BD = read_BTD[:, -1]
         return self.gates.log_weights(read_BTD)[..., 1:]
-
-
-class GateLoss(nn.Module):
-    """Loss of expert gates over frozen models: cross-entropy of the mixture they make, in nats per token."""
-
-    def __init__(self, gates: ExpertGates, seed: Decoder, experts: Sequence[nn.Module]) -> None:
-        """`experts`: one for each gate."""
-        super().__init__()
-        self.gates = gates
-        self.seed = seed
-        self.experts = nn.ModuleList(experts)
-
-    def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
-        """`row_BT`: T = sequence length + 1 token ids. `open_i`: mean weight of the seed (0) and of each expert."""
-        ids_BT, target_BT = row_BT[:, :-1], row_BT[:, 1:]
-        with torch.no_grad():
-            states = self.seed.hidden_states(ids_BT)
-            seed_BT = token_log_probs(self.seed.lm_head(states[-1]), target_BT)
-            expert_BTX = torch.stack([token_log_probs(e(ids_BT), target_BT) for e in self.experts], -1)
-        weight_BTX = self.gates.training_log_weights(self.gates.remembered(states[self.gates.layer], ids_BT))
-        mixture_BT = (weight_BTX + torch.cat([seed_BT[..., None], expert_BTX], -1)).logsumexp(-1)
-        return {"loss": -mixture_BT.mean(), **openness(weight_BTX)}
-
-
-def openness(log_weight_BTX: Tensor) -> dict[str, Tensor]:
-    """The mean weight of each slot, as `open_0`, `open_1`, …"""
-    share_X = log_weight_BTX.detach().exp().mean((0, 1))
-    return {f"open_{slot}": share for slot, share in enumerate(share_X)}
-
-
-class ContrastiveLoss(nn.Module):
-    """Loss of expert gates that tell their own cluster from the others: binary cross-entropy in nats, mean over gates.
-
-    Each gate's loss is its own, so they are what they would be if each were trained alone.
-    """
-
-    def __init__(self, gates: ExpertGates, seed: Decoder) -> None:
-        super().__init__()
-        self.gates = gates
-        self.seed = seed
-
-    def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
-        """`row_BT`: T = sequence length + 1 token ids and, last, the cluster of the row's documents."""
-        with torch.no_grad():
-            read_BTD = self.gates.read(self.seed, row_BT[:, :-2])
-        score_BTX = self.gates.scores(read_BTD)
-        own_B1X = row_BT[:, -1:, None] == torch.arange(score_BTX.shape[-1], device=row_BT.device)
-        return {"loss": F.binary_cross_entropy_with_logits(score_BTX, own_B1X.float().expand_as(score_BTX))}

@@ -14,7 +14,10 @@ from schemas.train_gates import ALONE, GateManifest, GateMode, GateReading, Gate
 from schemas.training import TrainingConfig
 from stages import cluster_documents, train_experts, train_gates
 from stages.artifacts.model_folder import checksum, read_model, read_tensors
+from stages.artifacts.run_models import RunModels
 from stages.nn.decoder import Decoder
+from stages.nn.gates import Gates
+from stages.nn.routed import RoutedDecoder
 
 MODES = tuple(mode for mode in get_args(GateMode) if mode != "arrow")  # which is for modules
 TRAINING = TrainingConfig(
@@ -323,3 +326,39 @@ def test_force_does_again_what_is_not_as_asked_for_and_leaves_the_rest(gated_run
     calls.clear()
     train_gates.run(config, run_dir, force=True)
     assert len(calls) == 5  # all of them
+
+
+@pytest.mark.parametrize("place", ["layer", "module"])
+def test_gates_inside_full_experts_stand_at_their_mlps(place, expert_run, copied_run, config):
+    run_dir = copied_run(expert_run)
+    modes = ("independent", "joint", "mean-activation", *(("arrow",) if place == "module" else ()))
+    asked = config.model_copy(update={"places": (place,), "modes": modes})
+    manifest = train_gates.run(asked, run_dir)
+    gates = gates_of(run_dir)
+    path = "model.layers.{}" if place == "layer" else "model.layers.{}.mlp"
+    assert set(gates) == {f"{place}-{mode}.{path.format(layer)}.vectors" for mode in modes for layer in (0, 1)}
+    assert all(tensor.shape == (3, 32) and (tensor.abs().amax(1) > 0).all() for tensor in gates.values())
+    assert [(run.mode, run.expert) for run in manifest.metrics.runs[:4]] == [
+        ("independent", 0), ("independent", 1), ("independent", 2), ("joint", None),
+    ]  # fmt: skip
+    for run in manifest.metrics.runs[:4]:
+        assert sum(run.openness) == pytest.approx(1, abs=1e-3)
+    parts = RunModels.find(run_dir).routed(place, "joint")
+    decoder = RoutedDecoder.from_parts(**parts, weigh=Gates.log_weights)
+    for name, found in decoder.gate_tensors().items():
+        assert torch.equal(found, gates[f"{place}-joint.{name}"])
+
+
+def test_an_arrow_is_for_modules():
+    with pytest.raises(ValueError, match="mode arrow reads the weights of modules: add module to places"):
+        GatesConfig(modes=("arrow",))
+    assert list(GatesConfig(modes=("arrow", "joint"), places=("layer", "module")).kinds()) == [
+        ("layer", "joint"), ("module", "arrow"), ("module", "joint"),
+    ]  # fmt: skip
+
+
+def test_a_run_without_the_gates_asked_for_tells_which_it_has(gated_run):
+    with pytest.raises(
+        UsageFailure, match=r"has no gates module-joint \(there: independent, joint, "
+    ):
+        RunModels.find(gated_run).routed("module", "joint")

@@ -7,7 +7,8 @@ from torch import nn
 from schemas.decoder import DecoderConfig
 from schemas.train_gates import ALONE, GateMode, Selection
 from stages.nn.decoder import Decoder
-from stages.nn.gates import ContrastiveLoss, ExpertGates, GateLoss, SeedGate, normalise
+from stages.nn.gate_losses import ContrastiveLoss, GateLoss
+from stages.nn.gates import ExpertGates, SeedGate, normalise
 
 VOCAB, WIDTH = 19, 16
 END = VOCAB  # no token of the texts here begins a document
