@@ -1,11 +1,13 @@
 """Settings and manifest of evaluate: the table in which all models of a run stand beside each other."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
 
 from schemas.manifest import Manifest
 from schemas.strict import Config, Strict, runtime_setting
+from schemas.train_gates import Selection
 
 
 class EvaluateConfig(Config):
@@ -21,6 +23,9 @@ class EvaluateConfig(Config):
         description="How far open a gate must be for its expert to be asked; a row each.",
     )
     top_p: tuple[float, ...] = Field((), description="Shares that the fewest experts asked add up to; a row each.")
+    inspected_top_k: int = Field(
+        2, gt=0, description="Experts that gates may ask for a token where the report looks inside them."
+    )
     forgetting: float = Field(
         0.9, gt=0, le=1, description="Factor per token by which the forgetting Bayes posterior trusts older evidence."
     )
@@ -29,6 +34,16 @@ class EvaluateConfig(Config):
     )
     fit_tokens: int = Field(20_000, gt=0, description="Tokens, at most, of the documents they are fitted on.")
     score_batch_size: int = runtime_setting(16, "Windows scored at a time.", gt=0)
+
+    def counts(self, experts: int) -> list[int | None]:
+        """The numbers of experts to mix, of so many; None stands for all."""
+        return [*(count for count in self.top_k if count < experts), None]
+
+    def selections(self, experts: int) -> Iterator[Selection]:
+        """Every way to select experts."""
+        yield from (Selection(top_k=count) for count in self.counts(experts))
+        yield from (Selection(threshold=share) for share in self.thresholds)
+        yield from (Selection(top_p=share) for share in self.top_p)
 
 
 class ModelRow(Strict):
@@ -58,6 +73,20 @@ class UsageRow(Strict):
     difference: float = Field(description="Bits per byte without it minus with it; positive when it is of use.")
 
 
+class LayerRouting(Strict):
+    """Whom one layer's gates ask, mean weights of the seed (first) and of each expert."""
+
+    model: str = Field(description="The gates, and how they select.")
+    layer: str = Field(description="Layer of the model; `input` for gates at the input of each expert.")
+    sources: dict[str, tuple[float, ...]] = Field(description="On the text of each source.")
+    clusters: dict[str, tuple[float, ...]] = Field(description="On the text of each cluster.")
+    experts_asked: float = Field(description="Experts of any weight in the layer, mean over tokens.")
+    entropy: float = Field(description="Of the weights, in bits, mean over tokens.")
+    own: tuple[float, ...] = Field(description="Each expert's mean weight on its own cluster.")
+    foreign: tuple[float, ...] = Field(description="Each expert's mean weight on all other clusters.")
+    tokens: tuple[tuple[str, ...], ...] = Field(description="For each expert, after which tokens it has most weight.")
+
+
 class FittedRouting(Strict):
     """How sharply to choose among experts, fitted on held-out documents that are not scored."""
 
@@ -84,7 +113,7 @@ class EvaluateMetrics(Strict):
 
 
 class EvaluateManifest(Manifest):
-    """Manifest of `reports/`: table.json, table.md, bits_per_byte.png."""
+    """Manifest of `reports/`: table.json, table.md, bits_per_byte.png; of gates, routing.json and routing.png."""
 
     command: ClassVar[str] = "evaluate"
     folder: ClassVar[str] = "reports"

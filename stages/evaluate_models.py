@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from loguru import logger
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from schemas.cluster_documents import ClusterManifest
 from schemas.evaluate_models import EvaluateConfig, EvaluateManifest, EvaluateMetrics, FittedRouting, ModelRow, UsageRow
 from schemas.files import write_bytes
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_gates import Selection
+from schemas.train_gates import GateMode, GatesManifest, Place, Selection, label_of
 from stages.artifacts.model_folder import device
 from stages.artifacts.run_models import RunModels, expert_folder, routing_tensors
 from stages.artifacts.stage_folder import claim_folder
@@ -32,11 +33,15 @@ from stages.data.windows import Windows, choose_documents
 from stages.nn.central import CentralModel
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder, token_log_probs
+from stages.nn.ensembles import ensembles
 from stages.nn.flops import BACKWARD_AND_FORWARD, DecoderCosts, forward_flops
-from stages.nn.gates import ExpertGates
+from stages.nn.gates import ExpertGates, Gates
 from stages.nn.leaks import gap_to_prefix
-from stages.nn.mixture import mean_models_run, mixed_log_probs, oracle_log_weights, posterior_log_weights
+from stages.nn.mixture import mixed_log_probs
 from stages.nn.mixture_fit import fit_routing
+from stages.nn.routed import RoutedDecoder
+from stages.nn.watching import Watched
+from stages.reporting.routing import RoutingTable
 from stages.reporting.scores import ScoreTable
 from stages.reporting.table import as_json, markdown, plot
 
@@ -61,13 +66,8 @@ def run(config: EvaluateConfig, run_dir: Path, *, force: bool = False) -> Evalua
         evaluation.add_gates()
         evaluation.add_central_models()
         rows = evaluation.table.rows()
-        usage = tuple(evaluation.usage)
-        outputs = [
-            write_bytes(claim.path / "table.json", as_json(rows, usage), run_dir),
-            write_bytes(claim.path / "table.md", markdown(rows, usage, evaluation.fitted).encode(), run_dir),
-            write_bytes(claim.path / "bits_per_byte.png", plot(rows), run_dir),
-        ]
-        return claim.finish(outputs, evaluation.metrics(rows, usage))
+        outputs = [write_bytes(claim.path / name, data, run_dir) for name, data in evaluation.files(rows)]
+        return claim.finish(outputs, evaluation.metrics(rows))
 
 
 class Evaluation:
@@ -94,12 +94,12 @@ class Evaluation:
             Windows(store, chosen, tokens.metrics.end_of_text, length) for chosen in (documents, few, others)
         )
         assigned = np.asarray(read_table(clusters.output("assignments-valid.arrow").check(run_dir))["cluster"])
-        self.table = ScoreTable(
-            [store.sources[document] for document in documents],
-            [f"cluster {assigned[document]:03d}" for document in documents],
-            store.bytes[documents],
-            self.windows.starts,
-        )
+        sources, starts = [store.sources[document] for document in documents], self.windows.starts
+        labels = [f"cluster {assigned[document]:03d}" for document in documents]
+        self.table = ScoreTable(sources, labels, store.bytes[documents], starts)
+        read = torch.cat(list(self.windows.inputs())).numpy()
+        self.routing = RoutingTable(sources, assigned[documents], starts, read, self.shape.vocab_size)
+        self.tokenizer = Tokenizer.from_file(str(tokens.output("tokenizer.json").check(run_dir)))
         self.usage: list[UsageRow] = []
         self.fitted: FittedRouting | None = None
         self.prefix_gap = 0.0
@@ -162,73 +162,68 @@ class Evaluation:
     def _add_mixture(self, name: str, group: str, log_weight_NX: Tensor, training: float | None = None) -> None:
         """A row that mixes models with these weights, at the cost of those it asks.
 
-        One slot more than there are experts means gates: the first is the seed, which they read up to their layer in
-        any case.
+        One slot more than there are experts means gates: the first is the seed.
         """
-        count = len(self.models.experts)
-        gated = log_weight_NX.shape[1] > count
+        experts = len(self.models.experts)
+        gated = log_weight_NX.shape[1] > experts
         scores = torch.cat([self.seed_scores[:, None], self.expert_scores], -1) if gated else self.expert_scores
-        asked = (log_weight_NX > -torch.inf).numpy()
-        flops = mean_models_run(asked[:, -count:], self.windows.window_starts()) * self.costs.forward
-        if gated:
-            flops += self.costs.forward if asked[:, 0].any() else self.costs.gates
-        stored = self.costs.weights(asked.shape[1], count)
-        active = self.costs.weights(float(asked.sum(-1).mean()), float(asked[:, -count:].sum(-1).mean()))
-        mixed = mixed_log_probs(log_weight_NX, scores)
-        self.table.add(name, group, mixed, stored, active, training or self.costs.experts, flops)
+        costs = self.costs.mixture(log_weight_NX > -torch.inf, experts, self.windows.window_starts(), training)
+        self.table.add(name, group, mixed_log_probs(log_weight_NX, scores), *costs)
 
     def add_ensembles(self) -> None:
         """Oracle, uniform, cBTM by distance to the centroids, and the posteriors."""
-        oracle = torch.cat([oracle_log_weights(each) for each in self.windows.split(self.expert_scores)])
-        self._add_mixture("oracle expert per document", "ensemble", oracle)
-        self._add_mixture("uniform ensemble", "ensemble", torch.zeros_like(self.expert_scores).log_softmax(-1))
-        self._add_posterior("Bayes posterior", 1.0)
-        self._add_routed("", self.router.temperature, self.config.forgetting)
+        pairs = [("", self.router.temperature, self.config.forgetting)]
         if self.fitted:
-            self._add_routed(" fitted", self.fitted.temperature, self.fitted.forgetting)
+            pairs.append((" fitted", self.fitted.temperature, self.fitted.forgetting))
+        counts = self.config.counts(len(self.models.experts))
+        for name, log_weight_NX in ensembles(self.windows.split(self.expert_scores), self._routed, counts, pairs):
+            self._add_mixture(name, "ensemble", log_weight_NX)
 
-    def _add_routed(self, mark: str, temperature: float, forgetting: float) -> None:
-        for top_k in self._counts():
-            weights = self.router.weights(self.windows.texts(), top_k, temperature)
-            self._add_mixture(f"cBTM {_top(top_k)}{mark}", "ensemble", torch.from_numpy(weights).log())
-        self._add_posterior(f"forgetting posterior{mark}", forgetting)
-
-    def _add_posterior(self, name: str, forgetting: float) -> None:
-        documents = self.windows.split(self.expert_scores)
-        weights = torch.cat([posterior_log_weights(each, forgetting) for each in documents])
-        self._add_mixture(name, "ensemble", weights)
-
-    def _counts(self) -> list[int | None]:
-        """The numbers of experts to mix; None stands for all."""
-        return [*(count for count in self.config.top_k if count < len(self.models.experts)), None]
+    def _routed(self, top_k: int | None, temperature: float) -> Tensor:
+        return torch.from_numpy(self.router.weights(self.windows.texts(), top_k, temperature)).log()
 
     def add_gates(self) -> None:
-        """PHATGOOSE at the input of each expert: every mode the run has, for every way to select experts."""
+        """PHATGOOSE: every kind of gates the run has, for every way to select experts."""
         if (gates := self.models.gates) is None:
             return
         seed, tensors = self._decoder("seed"), self.models.gate_tensors()
+        size, depth = self.config.score_batch_size, gates.metrics.layer
         states_ND = self.windows.collect(
-            lambda ids, _: seed.hidden_states(ids, depth=gates.metrics.layer)[-1],
-            self.config.score_batch_size,
-            "gates",
-            device(),
+            lambda ids, _: seed.hidden_states(ids, depth=depth)[-1], size, "gates", device()
         )
-        for mode in gates.config.modes:
+        for place, mode in gates.config.kinds():
+            if place != "expert":
+                self._add_routed_decoder(gates, place, mode)
+                continue
             training = self.costs.experts + self.costs.gate_training(gates.metrics, mode)
             reader = ExpertGates.from_tensors(tensors, *gates.reads(mode))
             for selection in self._selections():
                 weights = torch.cat(list(self._gate_weights(reader, states_ND, selection)))
                 self._add_mixture(f"gates {mode} {selection}", "gates", weights, training)
+                self._inspect(f"gates {mode} {selection}", selection, weights.exp())
 
     def _selections(self) -> Iterator[Selection]:
-        yield from (Selection(top_k=count) for count in self._counts())
-        yield from (Selection(threshold=share) for share in self.config.thresholds)
-        yield from (Selection(top_p=share) for share in self.config.top_p)
+        return self.config.selections(len(self.models.experts))
 
     def _gate_weights(self, gates: ExpertGates, states_ND: Tensor, selection: Selection) -> Iterator[Tensor]:
         """Log weights [tokens, experts + 1] of each document, which the gates read from its first token on."""
         for states_TD, ids_T in zip(self.windows.split(states_ND), self.windows.inputs(), strict=True):
             yield gates.log_weights(gates.remembered(states_TD[None], ids_T[None]), selection)[0]
+
+    def _add_routed_decoder(self, gates: GatesManifest, place: Place, mode: GateMode) -> None:
+        """Gates inside one decoder; what they have read of a document they forget with each window."""
+        parts, size = self.models.routed(place, mode), self.config.score_batch_size
+        for selection in self._selections():
+            decoder = RoutedDecoder.from_parts(**parts, weigh=partial(Gates.log_weights, selection=selection))
+            watched, label = Watched(decoder.to(device())), f"gates {label_of(place, mode)} {selection}"
+            found = self.windows.collect(watched.scores_and_weights, size, label, device())
+            costs = self.costs.routed(decoder.cpu(), watched.asked(), gates.metrics, place, mode)
+            self.table.add(label, "gates", found[:, 0], *costs)
+            self._inspect(label, selection, found[:, 1:].unflatten(1, (decoder.config.num_hidden_layers, -1)))
+
+    def _inspect(self, label: str, selection: Selection, weights: Tensor) -> None:
+        if selection == Selection(top_k=self.config.inspected_top_k):
+            self.routing.add(label, weights.numpy(), lambda token: self.tokenizer.decode([token]))
 
     def add_central_models(self) -> None:
         """The central model alone, every composition, and what both lose without their parts."""
@@ -278,11 +273,20 @@ class Evaluation:
         ids = next(windows.batches(4)).ids.to(device())
         self.prefix_gap = max(self.prefix_gap, gap_to_prefix(partial(_logits, model, frozenset()), ids))
 
-    def metrics(self, rows: tuple[ModelRow, ...], usage: tuple[UsageRow, ...]) -> EvaluateMetrics:
+    def files(self, rows: tuple[ModelRow, ...]) -> Iterator[tuple[str, bytes]]:
+        """What goes into the folder, by name."""
+        yield "table.json", as_json(rows, self.usage)
+        yield "table.md", markdown(rows, self.usage, self.fitted).encode()
+        yield "bits_per_byte.png", plot(rows)
+        if self.routing.rows:
+            yield "routing.json", self.routing.as_json()
+            yield "routing.png", self.routing.plot()
+
+    def metrics(self, rows: tuple[ModelRow, ...]) -> EvaluateMetrics:
         """What goes into the manifest."""
         return EvaluateMetrics(
             rows=rows,
-            usage=usage,
+            usage=tuple(self.usage),
             fitted=self.fitted,
             prefix_gap=self.prefix_gap,
             documents=len(self.windows.documents),
@@ -293,7 +297,3 @@ class Evaluation:
 
 def _logits(model: torch.nn.Module, ablate: frozenset[str], ids: Tensor) -> Tensor:
     return model(ids, ablate=ablate).logits_BTV
-
-
-def _top(count: int | None) -> str:
-    return "all" if count is None else f"top-{count}"

@@ -5,9 +5,10 @@
 - where weights are frozen the backward pass is shorter: what a LoRA expert's training costs is counted by running one
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,9 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from schemas.decoder import DecoderConfig
 from schemas.train_experts import LoraConfig
-from schemas.train_gates import GateMode, GatesMetrics
+from schemas.train_gates import GateMode, GatesMetrics, Place
 from stages.nn.decoder import Decoder
 from stages.nn.lora import add_adapters
+from stages.nn.mixture import mean_models_run
+from stages.nn.routed import RoutedDecoder
 
 BACKWARD_AND_FORWARD = 3
 
@@ -76,13 +79,50 @@ class DecoderCosts:
             self.experts = self.seed + expert_token * experts
 
     def gate_training(self, gates: GatesMetrics, mode: GateMode) -> float:
-        """Of all gates of a mode: forward passes of what they read, and of the models they weigh."""
+        """Of the gates at the experts' inputs: forward passes of what they read, and of the models they weigh."""
         models = {"independent": 2, "joint": 1 + gates.experts}
         token = models[mode] * self.forward if mode in models else self.gates
-        return token * sum(run.tokens for run in gates.runs if run.mode == mode)
+        return token * _tokens(gates, "expert", mode)
+
+    def mixture(
+        self, asked_NS: Tensor, experts: int, starts: np.ndarray, training: float | None = None
+    ) -> tuple[int, int, float, float]:
+        """Of mixing the models asked at each token: stored weights, active ones, training, and FLOPs per token.
+
+        More slots than experts mean gates, which read the seed (slot 0) up to their layer in any case. `starts`:
+        numbers of the tokens with which a model begins to read anew.
+        """
+        expert_NX = asked_NS[:, -experts:]
+        flops = mean_models_run(expert_NX.numpy(), starts) * self.forward
+        if asked_NS.shape[1] > experts:
+            flops += self.forward if bool(asked_NS[:, 0].any()) else self.gates
+        active = self.weights(float(asked_NS.float().sum(-1).mean()), float(expert_NX.float().sum(-1).mean()))
+        return self.weights(asked_NS.shape[1], experts), active, training or self.experts, flops
+
+    def routed(
+        self, decoder: RoutedDecoder, asked: Mapping[str, Tensor], gates: GatesMetrics, place: Place, mode: GateMode
+    ) -> tuple[int, int, float, float]:
+        """The same of a decoder with experts inside, where each gate's slots are asked by these shares of tokens.
+
+        Gates that are trained with it take a forward and a backward pass, in which no weight but theirs has a gradient.
+        """
+        beside = decoder.flops_beside(asked)
+        token = self.forward
+        if mode in ("independent", "joint"):
+            share = 1.0 if mode == "joint" else 1 / gates.experts
+            every = torch.tensor([1.0, *[share] * gates.experts])
+            token = 2 * (self.forward + decoder.flops_beside(dict.fromkeys(asked, every)))
+        training = self.experts + token * _tokens(gates, place, mode)
+        stored = sum(weight.numel() for weight in decoder.parameters())
+        return stored, round(self._size + beside / 2), training, self.forward + beside
 
     def weights(self, models: float, experts: float) -> int:
         """Different weights in so many models, `experts` of them experts: those of LoRA share the seed's."""
         if self._adapters is None:
             return round(models * self._size)
         return round(self._size + experts * self._adapters)
+
+
+def _tokens(gates: GatesMetrics, place: Place, mode: GateMode) -> int:
+    """Tokens that all gates of a kind were trained on."""
+    return sum(run.tokens for run in gates.runs if (run.place, run.mode) == (place, mode))

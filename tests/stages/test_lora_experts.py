@@ -1,5 +1,7 @@
 """LoRA experts through the stages: trained, killed, gated, composed, scored, continued."""
 
+import json
+import math
 import multiprocessing
 import os
 import random
@@ -7,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,14 +19,19 @@ from schemas.decoder import DecoderShape
 from schemas.evaluate_models import EvaluateConfig
 from schemas.failures import InputFailure, UsageFailure
 from schemas.generate_text import GenerateConfig
+from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsConfig, ExpertsManifest, LoraConfig
-from schemas.train_gates import GatesConfig
+from schemas.train_gates import GatesConfig, Selection
 from schemas.train_seed import SeedConfig, SeedManifest
 from schemas.training import TrainingConfig
 from stages import compose_model, evaluate_models, train_experts, train_gates, train_seed
 from stages.artifacts.run_models import RunModels
+from stages.data.token_store import TokenStore
+from stages.data.windows import Windows, choose_documents
 from stages.generate_text import stream
-from stages.nn.decoder import Decoder
+from stages.nn.decoder import Decoder, token_log_probs
+from stages.nn.gates import Gates
+from stages.nn.routed import RoutedDecoder
 
 WEIGHTS = "adapter_model.safetensors"
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -197,3 +205,49 @@ def test_a_lora_expert_says_what_its_adapter_makes_likely(lora_run: Path) -> Non
         for model in ("seed", "expert:0", "expert:1", "expert:2")
     }
     assert len(set(texts.values())) > 2
+
+
+def test_gates_inside_are_scored_as_they_predict(lora_run: Path, copied_run: Copied, training: TrainingConfig) -> None:
+    run_dir = copied_run(lora_run)
+    gates = GatesConfig(
+        places=("layer", "module"),
+        modes=("joint", "arrow"),
+        training=training.model_copy(update={"steps": 4, "weight_decay": 0.0, "learning_rate": 0.05}),
+    )
+    train_gates.run(gates, run_dir, force=True)
+    config = EvaluateConfig(tokens=2_000, usage_tokens=2_000, thresholds=(0.3,))
+    found = {row.model: row for row in evaluate_models.run(config, run_dir).metrics.rows}
+    selections = ("top-1", "top-2", "all", "threshold 0.3")
+    labels = {
+        f"gates {label} {chosen}" for label in ("layer-joint", "module-joint", "module-arrow") for chosen in selections
+    }
+    assert labels <= set(found) and not any(name.startswith("gates joint") for name in found)
+    costs = [found[f"gates module-joint {chosen}"].inference_flops for chosen in ("top-1", "top-2", "all")]
+    assert found["seed"].inference_flops < costs[0] < costs[1] < costs[2]
+    assert found["gates module-joint top-1"].parameters == found["gates module-joint all"].parameters
+    for label, place in (("layer-joint", "layer"), ("module-joint", "module")):
+        weigh = partial(Gates.log_weights, selection=Selection(top_k=1))
+        decoder = RoutedDecoder.from_parts(**RunModels.find(run_dir).routed(place, "joint"), weigh=weigh)
+        windows = windows_of(run_dir, config)
+        scored = windows.collect(partial(scores_of, decoder), 4, "x", torch.device("cpu"))
+        total = float(scored.sum())
+        bits = -total / math.log(2) / windows.bytes
+        assert found[f"gates {label} top-1"].bits_per_byte == pytest.approx(bits, abs=1e-4)
+    routing = json.loads((run_dir / "reports/routing.json").read_text())
+    assert {(row["model"], row["layer"]) for row in routing} == {
+        (f"gates {label} top-2", f"layer {layer}")
+        for label in ("layer-joint", "module-joint", "module-arrow")
+        for layer in (0, 1)
+    }
+    assert all(row["experts_asked"] <= 2.0 for row in routing if row["model"].startswith("gates layer"))
+
+
+def scores_of(decoder: Decoder, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return token_log_probs(decoder(ids), targets)
+
+
+def windows_of(run_dir: Path, config: EvaluateConfig) -> Windows:
+    tokens = TokenizeManifest.read(run_dir)
+    store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("valid")])
+    length = Decoder.from_weights(*RunModels.find(run_dir).decoder("seed")).config.max_position_embeddings
+    return Windows(store, choose_documents(store, config.tokens), tokens.metrics.end_of_text, length)

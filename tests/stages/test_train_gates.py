@@ -358,7 +358,5 @@ def test_an_arrow_is_for_modules():
 
 
 def test_a_run_without_the_gates_asked_for_tells_which_it_has(gated_run):
-    with pytest.raises(
-        UsageFailure, match=r"has no gates module-joint \(there: independent, joint, "
-    ):
+    with pytest.raises(UsageFailure, match=r"has no gates module-joint \(there: independent, joint, "):
         RunModels.find(gated_run).routed("module", "joint")
