@@ -4,23 +4,27 @@
 - `content_digest` covers everything but `environment`, so a stage repeated on another day or machine with the same
   result does not make the stages after it stale
 - an input is the content digest of the manifest before it: checking the last manifest checks the whole history
+- `digest` covers every other value of the file, so that `cpipe verify` finds a changed one in any manifest
+- an older form is converted as it is read, where its class knows how; the file is never rewritten
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from schemas.failures import IntegrityFailure, UsageFailure
 from schemas.files import Digest, FileRef, write_bytes
-from schemas.strict import Config, Strict, explain
+from schemas.strict import Config, Strict, explain, key_values, unique_json
 from schemas.version import VERSION
 
 FILE_NAME = "manifest.json"
 MAX_BYTES = 64 << 20  # a manifest is untrusted input; no honest one comes near this
+
+Conversion = Callable[[dict[str, Any]], dict[str, Any]]  # a manifest's JSON in one form, to that of the next
 
 
 class InputRef(Strict):
@@ -43,11 +47,15 @@ class Environment(Strict):
 
 
 class Manifest(Strict):
-    """Base of the stages' manifests. Each sets `command`, `folder`, `version` and the types of config and metrics."""
+    """Base of the stages' manifests. Each sets `command`, `folder`, `version` and the types of config and metrics.
+
+    `conversions`: by the version they convert from, to the next.
+    """
 
     command: ClassVar[str]
     folder: ClassVar[str]
     version: ClassVar[int] = 1
+    conversions: ClassVar[Mapping[int, Conversion]] = {}
 
     schema_id: str = Field(alias="schema", description="cpipe.<command>/<version of the manifest's form>.")
     key: Digest = Field(description="Hash of stage, schema, settings, inputs and version of cpipe.")
@@ -55,7 +63,10 @@ class Manifest(Strict):
     inputs: tuple[InputRef, ...] = Field(description="What was read.")
     outputs: tuple[FileRef, ...] = Field(description="What was written.")
     metrics: Strict = Field(description="What was measured.")
-    environment: Environment = Field(description="Where and when; outside the digest.")
+    environment: Environment = Field(description="Where and when; outside the digest that later stages see.")
+    digest: Digest | None = Field(None, description="Hash of everything else here; none in what was written before it.")
+
+    _converted_from: str | None = PrivateAttr(None)  # content digest of the older form, which later stages know
 
     @classmethod
     def expected_schema(cls) -> str:
@@ -76,19 +87,45 @@ class Manifest(Strict):
 
     @classmethod
     def parse(cls, path: Path) -> Self:
-        """Read the manifest at `path`. Raises IntegrityFailure."""
+        """Read the manifest at `path`, one of an older form converted. Raises IntegrityFailure."""
         if path.stat().st_size > MAX_BYTES:
             raise IntegrityFailure(f"{path} is larger than {MAX_BYTES >> 20} MiB; that is no manifest of cpipe")
         text = path.read_bytes()
         try:
-            manifest = cls.from_json(text)
+            manifest = cls._from_older(path, text) or cls.from_json(text)
         except ValidationError as error:
             raise IntegrityFailure(cls._refusal(path, text) or explain(error, str(path))) from error
         except IntegrityFailure as failure:
             raise IntegrityFailure(f"{path}: {failure}; rerun `cpipe {cls.command}` with --force") from failure
-        if refusal := cls._refusal(path, text):
+        if not manifest._converted_from and (refusal := cls._refusal(path, text)):
             raise IntegrityFailure(refusal)
         return manifest
+
+    @classmethod
+    def _from_older(cls, path: Path, text: bytes) -> Self | None:
+        """The manifest converted step by step, where it is of an older form and there is a conversion for each."""
+        content = unique_json(text)
+        found = cls._version_of(content)
+        if found is None or not all(step in cls.conversions for step in range(found, cls.version)):
+            return None
+        if content.pop("digest", None) not in (None, digest_of_json(content)):
+            raise IntegrityFailure("was changed after it was written (its digest differs)")
+        before = {name: value for name, value in content.items() if name != "environment"}
+        before["config"] = key_values(before.get("config"), cls.model_fields["config"].annotation)
+        try:
+            for step in range(found, cls.version):
+                content = cls.conversions[step](content)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise IntegrityFailure(f"has not the form of cpipe.{cls.command}/{found}, which it claims") from error
+        manifest = cls.from_mapping({**content, "schema": cls.expected_schema()})
+        manifest._converted_from = digest_of_json(before)
+        return manifest
+
+    @classmethod
+    def _version_of(cls, content: Any) -> int | None:
+        """The version of an older form of this manifest; None of any other."""
+        older = {f"cpipe.{cls.command}/{number}": number for number in range(1, cls.version)}
+        return older.get(str(content.get("schema"))) if isinstance(content, dict) else None
 
     @classmethod
     def _refusal(cls, path: Path, text: bytes) -> str | None:
@@ -99,12 +136,23 @@ class Manifest(Strict):
             return None
         command, _, version = str(schema).removeprefix("cpipe.").partition("/")
         if command == cls.command and version.isdecimal() and int(version) > cls.version:
-            writer = _writer(found)
             return (
-                f"{path} was written by cpipe {writer} as {schema}; this is cpipe {VERSION}, which reads "
+                f"{path} was written by cpipe {_writer(found)} as {schema}; this is cpipe {VERSION}, which reads "
                 f"{cls.expected_schema()}: upgrade cpipe, or rerun `cpipe {cls.command}` into another run"
             )
-        return f"{path} has schema {schema!r}, expected {cls.expected_schema()!r}"
+        if cls._version_of(found):
+            return (
+                f"{path} was written by cpipe {_writer(found)} as {schema}; this is cpipe {VERSION}, which reads "
+                f"{cls.expected_schema()}: `cpipe {cls.command} {cls._run_of(path)} --force` makes it anew"
+            )
+        return f"{path} has schema {schema!r:.80}, expected {cls.expected_schema()!r}"
+
+    @classmethod
+    def _run_of(cls, path: Path) -> Path:
+        """The run that the manifest at `path` lies in; folders may lie in one another, as those of experts do."""
+        first, *_ = parts = Path(cls.folder).parts or ("",)
+        around = [folder for folder in path.parents[: len(parts) + 1] if folder.name == first]
+        return (around[0] if around else path.parent).parent
 
     def write(self, run_dir: Path, folder: str | None = None) -> None:
         """Write the manifest: the last act of a stage."""
@@ -115,10 +163,25 @@ class Manifest(Strict):
         """The manifest as plain JSON values."""
         return self.model_dump(mode="json", by_alias=True, serialize_as_any=True)
 
+    def sealed(self) -> Self:
+        """This manifest with its `digest`."""
+        return self.model_copy(update={"digest": self._digest()})
+
+    def is_as_sealed(self) -> bool:
+        """Whether nothing was changed since; true of what has no digest, and of what was converted."""
+        return self.digest in (None, self._digest())
+
+    def _digest(self) -> str:
+        content = self.to_json()
+        del content["digest"]
+        return digest_of_json(content)
+
     def content_digest(self) -> str:
         """sha256 of the manifest without its environment and settings that cannot change the result."""
+        if self._converted_from:
+            return self._converted_from
         content = self.to_json()
-        del content["environment"]
+        del content["environment"], content["digest"]
         content["config"] = self.config.key_settings()
         return digest_of_json(content)
 

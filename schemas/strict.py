@@ -8,9 +8,10 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from schemas.failures import IntegrityFailure, UsageFailure
 
@@ -34,18 +35,23 @@ class Strict(BaseModel):
 
         Raises IntegrityFailure for duplicate keys, and pydantic's ValidationError for wrong content.
         """
-        try:
-            json.loads(text, object_pairs_hook=_unique_keys)
-        except RecursionError as error:
-            raise IntegrityFailure("the JSON is nested too deeply") from error
-        except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
-            raise IntegrityFailure(f"not valid JSON: {error}") from error
+        unique_json(text)
         return cls.model_validate_json(text)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Read the model from plain values, as TOML and command-line flags give them."""
         return cls.model_validate_json(json.dumps(values, default=str))  # a date, which TOML has, is no JSON
+
+
+def unique_json(text: str | bytes) -> Any:
+    """The values in JSON text. Raises IntegrityFailure for what is none, and for a key that stands twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise IntegrityFailure("the JSON is nested too deeply") from error
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
+        raise IntegrityFailure(f"not valid JSON: {error}") from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -69,11 +75,29 @@ class Config(Strict):
         return _without_runtime(self)
 
 
+def key_values(values: Any, kind: Any) -> Any:
+    """`key_settings` of a config that is plain JSON, perhaps of an older form of the class `kind`."""
+    models = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+    if not models or not isinstance(values, dict):
+        return values
+    fields = {name: field for name, field in models[0].model_fields.items() if name in values}
+    runtime = {name for name, field in fields.items() if _is_runtime(field)}
+    return {
+        name: key_values(value, fields[name].annotation if name in fields else None)
+        for name, value in values.items()
+        if name not in runtime
+    }
+
+
+def _is_runtime(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("runtime"))
+
+
 def _without_runtime(model: BaseModel) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for name, field in type(model).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("runtime"):
+        if _is_runtime(field):
             continue
         value = getattr(model, name)
         if isinstance(value, BaseModel):

@@ -50,17 +50,17 @@ class SeedManifest(Manifest):
         """Read the manifest of a seed, trained here or imported. Raises IntegrityFailure."""
         from schemas.import_model import ImportManifest  # which is made from this class
 
-        kinds = {kind.expected_schema(): kind for kind in (SeedManifest, ImportManifest)}
-        kind = kinds.get(_schema_of(path), cls)
+        kinds = {kind.command: kind for kind in (SeedManifest, ImportManifest)}
+        kind = kinds.get(_command_of(path), cls)
         return super().parse(path) if kind is cls else cast(Self, kind.parse(path))
 
 
-def _schema_of(path: Path) -> str:
-    """What the manifest says it is; nothing for what is none, as the one who reads it will find out."""
+def _command_of(path: Path) -> str:
+    """Which command the manifest says it is of; nothing for what is none, as the one who reads it will find out."""
     with path.open("rb") as file:
         text = file.read(MAX_BYTES)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return ""
-    return str(found.get("schema")) if isinstance(found, dict) else ""
+    return str(found.get("schema")).removeprefix("cpipe.").split("/")[0] if isinstance(found, dict) else ""

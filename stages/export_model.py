@@ -113,7 +113,7 @@ def run(config: ExportConfig, run_dir: Path, *, force: bool = False) -> ExportMa
                 outputs=tuple(outputs),
                 metrics=metrics,
                 environment=environment(started_at, time.monotonic() - started),
-            )
+            ).sealed()
             manifest.write(folder)
         logger.info("wrote {} to {}", config.model, place.path)
         return manifest

@@ -1,8 +1,7 @@
 """Verify a run: every file that a manifest lists, the files that none lists, and the chain of manifests.
 
 - every file is read once, however many manifests list it; nothing is written, and no stage is kept from running
-- a manifest is checked by those that were made from it, and its settings and inputs by its own key. What neither
-  covers is its environment, and the metrics of a manifest that nothing was made from
+- a manifest is checked by its own digest, by those that were made from it, and its settings and inputs by its key
 - a folder without a manifest is not finished, so it has no say
 """
 
@@ -62,11 +61,16 @@ def _problem(path: str, fault: Fault, run_dir: Path, why: str, manifest: Manifes
 
 
 def _edited(run_dir: Path, folder: str, manifest: Manifest) -> Iterator[Problem]:
-    """A key that does not follow from settings and inputs; only the version that wrote it can tell."""
+    """A digest that is not the rest's, or a key that does not follow; only the version that wrote it can tell that."""
     same_version = manifest.environment.versions.get("cpipe") == VERSION
-    if same_version and key_of(type(manifest), manifest.config, manifest.inputs) != manifest.key:
-        why = "was changed after it was written (its settings and inputs do not give its key)"
-        yield _problem(f"{folder}/{FILE_NAME}", "changed", run_dir, why, manifest)
+    if not manifest.is_as_sealed():
+        why = "its digest is not that of the rest"
+    elif same_version and key_of(type(manifest), manifest.config, manifest.inputs) != manifest.key:
+        why = "its settings and inputs do not give its key"
+    else:
+        return
+    why = f"was changed after it was written ({why})"
+    yield _problem(f"{folder}/{FILE_NAME}", "changed", run_dir, why, manifest)
 
 
 class Reader:

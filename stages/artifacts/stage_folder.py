@@ -97,10 +97,8 @@ class Claim(Generic[M]):
     def _up_to_date(self) -> M:
         manifest = self._manifest_type.read(self.run_dir, self.folder)
         if manifest.key != self._key:
-            raise StaleFailure(
-                f"{self.path} is finished, but {'; '.join(self._differences(manifest))}: "
-                f"give --force to do it again, or use another run"
-            )
+            why = "; ".join(self._differences(manifest)) or "its key is not that of its settings and inputs"
+            raise StaleFailure(f"{self.path} is finished, but {why}: give --force to do it again, or use another run")
         for ref in manifest.outputs:
             ref.locate(self.run_dir)
         return manifest
@@ -120,7 +118,7 @@ class Claim(Generic[M]):
             outputs=tuple(outputs),
             metrics=metrics,
             environment=environment(self._started_at, time.monotonic() - self._started, launched_as().world),
-        )
+        ).sealed()
         if not self.leader:
             return manifest
         manifest.write(self.run_dir, self.folder)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -139,6 +140,105 @@ def test_wrong_content_is_refused_by_name(tmp_path: Path, changes: dict[str, Any
     written(tmp_path)
     edited(tmp_path, **changes)
     assert expected in refusal(tmp_path)
+
+
+class NewerConfig(Config):
+    size: int = Field(4, description="Width, by its new name.")
+    workers: int = runtime_setting(1, "Workers.")
+
+
+class NewerManifest(Manifest):
+    """The third form of `ToyManifest`'s: its width has another name, its loss another unit."""
+
+    command: ClassVar[str] = "toy"
+    folder: ClassVar[str] = "toys"
+    version: ClassVar[int] = 3
+    conversions: ClassVar[Any] = {
+        1: lambda found: found | {"config": {"size": found["config"]["width"], "workers": found["config"]["workers"]}},
+        2: lambda found: found | {"metrics": {"loss": found["metrics"]["loss"] / 2}},
+    }
+
+    config: NewerConfig
+    metrics: ToyMetrics
+
+
+class StrictManifest(NewerManifest):
+    """The same without a way from the first form to the second."""
+
+    conversions: ClassVar[Any] = {2: NewerManifest.conversions[2]}
+
+
+def test_an_older_manifest_is_converted_step_by_step_and_the_file_is_not_touched(tmp_path: Path) -> None:
+    before = written(tmp_path, config=ToyConfig(width=7, workers=3)).sealed()
+    before.write(tmp_path)
+    text = (tmp_path / "toys/manifest.json").read_bytes()
+    found = NewerManifest.read(tmp_path)
+    assert (found.schema_id, found.config, found.metrics.loss) == ("cpipe.toy/3", NewerConfig(size=7, workers=3), 0.25)
+    assert (found.key, found.outputs, found.environment) == (before.key, before.outputs, before.environment)
+    assert found.content_digest() == before.content_digest()  # what was made from it still is
+    assert found.is_as_sealed()
+    assert (tmp_path / "toys/manifest.json").read_bytes() == text
+
+
+def test_only_the_steps_that_are_needed_are_taken(tmp_path: Path) -> None:
+    written(tmp_path)
+    edited(tmp_path, schema="cpipe.toy/2", config={"size": 5, "workers": 1})
+    assert NewerManifest.read(tmp_path).metrics.loss == StrictManifest.read(tmp_path).metrics.loss == 0.25
+    edited(tmp_path, schema="cpipe.toy/3")
+    assert NewerManifest.read(tmp_path).metrics.loss == 0.5
+
+
+def test_an_older_manifest_that_cannot_be_converted_is_refused_with_the_command_to_run(tmp_path: Path) -> None:
+    written(tmp_path)
+    with pytest.raises(IntegrityFailure) as failure:
+        StrictManifest.read(tmp_path)
+    assert str(failure.value) == (
+        f"{tmp_path}/toys/manifest.json was written by cpipe 9.9 as cpipe.toy/1; this is cpipe "
+        f"{manifest_module.VERSION}, which reads cpipe.toy/3: `cpipe toy {tmp_path} --force` makes it anew"
+    )
+
+
+@pytest.mark.parametrize(("folder", "run"), [("toys/007", "."), ("toys", "."), ("other", ".")])
+def test_the_command_names_the_run_wherever_in_it_the_folder_lies(tmp_path: Path, folder: str, run: str) -> None:
+    written(tmp_path).write(tmp_path, folder)
+    with pytest.raises(IntegrityFailure, match=f"`cpipe toy {tmp_path / run} --force` makes it anew"):
+        StrictManifest.read(tmp_path, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"config": {"width": 5, "workers": 1}}, "was changed after it was written (its digest differs)"),
+        ({"metrics": {}, "digest": None}, "has not the form of cpipe.toy/1, which it claims"),
+        ({"config": [], "digest": None}, "has not the form of cpipe.toy/1, which it claims"),
+        ({"config": {"width": "5", "workers": 1}, "digest": None}, "--force` makes it anew"),
+        ({"extra": 1, "digest": None}, "--force` makes it anew"),
+    ],
+)
+def test_an_older_manifest_that_is_not_as_it_was_written_is_refused(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    written(tmp_path).sealed().write(tmp_path)
+    edited(tmp_path, **changes)
+    with pytest.raises(IntegrityFailure, match=re.escape(told)) as failure:
+        NewerManifest.read(tmp_path)
+    assert "\n" not in str(failure.value) and f"{tmp_path}/toys/manifest.json" in str(failure.value)
+
+
+def test_a_manifest_knows_when_it_was_changed_and_its_digest_is_no_part_of_its_content(tmp_path: Path) -> None:
+    manifest = written(tmp_path)
+    sealed = manifest.sealed()
+    sealed.write(tmp_path)
+    assert ToyManifest.read(tmp_path) == sealed
+    assert sealed.content_digest() == manifest.content_digest()
+    assert manifest.is_as_sealed() and sealed.is_as_sealed()
+    for changes in (
+        {"metrics": {"loss": 0.25}}, {"config": {"width": 4, "workers": 2}}, {"outputs": []}, {"inputs": []},
+        {"environment": json.loads((tmp_path / "toys/manifest.json").read_text())["environment"] | {"threads": 2}},
+    ):  # fmt: skip
+        sealed.write(tmp_path)
+        edited(tmp_path, **changes)
+        assert not ToyManifest.read(tmp_path).is_as_sealed()
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,37 +88,49 @@ def test_missing_cut_longer_and_linked_files_are_named(evaluated_run: Path, copi
     assert str(run_dir / "seed/config.json") in told["seed/config.json"]
 
 
-def test_a_flipped_bit_in_a_manifest_that_others_were_made_from_is_found(evaluated_run: Path, copied_run: Any) -> None:
+def test_a_flipped_bit_anywhere_in_a_manifest_is_found(evaluated_run: Path, copied_run: Any) -> None:
     run_dir = copied_run(evaluated_run)
-    draw = random.Random(5)
+    draw = random.Random(1)
     for folder in manifest_folders(run_dir):
-        if folder == "reports":
-            continue
         path = run_dir / folder / FILE_NAME
         before = path.read_bytes()
-        timings = range(before.index(b'\n  "environment"'), before.index(b'\n  "inputs"'))  # nothing follows from them
-        for _ in range(12):
-            place = draw.choice([place for place in range(len(before) - 1) if place not in timings])
+        for place in draw.sample(range(len(before) - 1), 12):  # the last is the end of the last line
             flip(path, place, draw.randrange(8))
             assert problems(run_dir, sizes_only=True), (folder, before[place - 20 : place + 20])
             path.write_bytes(before)
 
 
-def test_the_last_manifest_is_checked_by_its_own_key(evaluated_run: Path, copied_run: Any) -> None:
+@pytest.mark.parametrize("name", ["usage_tokens", "bits_per_byte", "peak_memory"])
+def test_a_changed_value_of_the_last_manifest_is_found(name: str, evaluated_run: Path, copied_run: Any) -> None:
     run_dir = copied_run(evaluated_run)
     path = run_dir / "reports" / FILE_NAME
-    path.write_text(path.read_text().replace('"usage_tokens": 20000', '"usage_tokens": 20001'))
+    text = path.read_text()
+    path.write_text(text.replace(f'"{name}": ', f'"{name}": 1', 1))
     (problem,) = problems(run_dir)
     assert (problem.path, problem.fault) == ("reports/manifest.json", "changed")
-    assert "its settings and inputs do not give its key" in problem.message
+    assert "was changed after it was written (its digest is not that of the rest): run `cpipe" in problem.message
+
+
+def test_a_manifest_without_a_digest_is_checked_by_its_key(evaluated_run: Path, copied_run: Any) -> None:
+    run_dir = copied_run(evaluated_run)
+    path = run_dir / "reports" / FILE_NAME
+    content = json.loads(path.read_bytes())
+    del content["digest"]
+    path.write_text(json.dumps(content))
+    assert problems(run_dir) == []
+    content["config"]["usage_tokens"] += 1
+    path.write_text(json.dumps(content))
+    (problem,) = problems(run_dir)
+    assert "(its settings and inputs do not give its key)" in problem.message
 
 
 def test_what_was_made_from_something_else_is_named(evaluated_run: Path, copied_run: Any) -> None:
     run_dir = copied_run(evaluated_run)
     path = run_dir / "experts/001" / FILE_NAME
     path.write_text(path.read_text().replace('"documents": ', '"documents": 9'))
-    assert faults(run_dir) == {("experts", "stale"), ("gates/independent/001", "stale"), ("reports", "stale")}
-    (first, *_) = problems(run_dir)
+    made_from_it = {(folder, "stale") for folder in ("experts", "gates/independent/001", "reports")}
+    assert faults(run_dir) == {("experts/001/manifest.json", "changed"), *made_from_it}
+    (first, *_) = (problem for problem in problems(run_dir) if problem.fault == "stale")
     assert first.message == (
         f"{run_dir}/experts was made from another experts/001 than is there now: run `cpipe train-experts` with --force"
     )
