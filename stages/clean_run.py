@@ -21,6 +21,7 @@ from schemas.failures import LockedFailure
 from schemas.manifest import FILE_NAME
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertsManifest
+from stages.artifacts.locks import FOLDER, holder, take
 from stages.artifacts.stage_folder import CLAIM_NAME
 from stages.data.corpus import CACHE, STDIN
 
@@ -44,13 +45,10 @@ def stream(config: CleanConfig, run_dir: Path) -> Iterator[Removed]:
 def _held(run_dir: Path) -> Iterator[None]:
     """Hold all locks of the run."""
     with ExitStack() as held:
-        for path in sorted((run_dir / ".locks").glob("*.lock")):
+        for path in sorted((run_dir / FOLDER).glob("*.lock")):
             file = held.enter_context(path.open("r+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = file.read().strip() or "other processes"
-                raise LockedFailure(f"{run_dir} is being worked on by {holder} ({path.stem}): wait for it") from error
+            if not take(file, fcntl.LOCK_EX):
+                raise LockedFailure(f"{run_dir} is being worked on by {holder(file)} ({path.stem}): wait for it")
         yield
 
 
@@ -58,7 +56,7 @@ def _leftovers(run_dir: Path, unfinished: bool) -> Iterator[Find]:
     """What killed starts left: half-written files, folders set aside, and what they would have resumed from."""
     for path, folders, files in os.walk(run_dir):
         here = Path(path)
-        folders[:] = sorted(name for name in folders if name != ".locks")
+        folders[:] = sorted(name for name in folders if name != FOLDER)
         for name in sorted(files):
             if HALF_WRITTEN.fullmatch(name) and not _is_writing(name):
                 yield here / name, "half-written by a start that was killed"

@@ -29,9 +29,9 @@ from schemas.train_seed import SeedManifest
 from stages.artifacts.adapter_folder import read_adapter, seed_from, write_adapter
 from stages.artifacts.environment import environment
 from stages.artifacts.export_folder import ExportFolder
+from stages.artifacts.locks import turn_by_turn
 from stages.artifacts.model_folder import WeightType, read_model, write_model, write_tokenizer
 from stages.artifacts.run_models import Weights, expert_folder, read_expert
-from stages.artifacts.stage_folder import turn_by_turn
 
 TYPES: dict[str, WeightType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LARGEST = torch.finfo(torch.float16).max

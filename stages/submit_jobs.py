@@ -24,8 +24,8 @@ from schemas.strict import Config, explain
 from schemas.submit_jobs import FOLDER, RECORD, Command, JobRecord, JobRow, JobsRecord, SubmitConfig
 from schemas.tokenize_text import ShareManifest, TokenizeConfig, TokenizeManifest
 from schemas.train_experts import ExpertsConfig, ExpertsManifest
+from stages.artifacts.locks import turn_by_turn
 from stages.artifacts.progress import Todo, find_todo
-from stages.artifacts.stage_folder import turn_by_turn
 from stages.scheduling import job_queue
 from stages.scheduling.scripts import TASK, Job, Shell, array, job_name, ranges, render
 

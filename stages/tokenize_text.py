@@ -27,7 +27,8 @@ from schemas.tokenize_text import (
     TokenizeManifest,
     TokenizeMetrics,
 )
-from stages.artifacts.stage_folder import claim_folder, share_folder, turn_by_turn
+from stages.artifacts.locks import turn_by_turn
+from stages.artifacts.stage_folder import claim_folder, share_folder
 from stages.data.concept_tokens import CONCEPT, rename_unused
 from stages.data.corpus import STDIN, Corpus, find_corpus
 from stages.data.encoder import Encoder

@@ -1,6 +1,5 @@
 """The folder of one stage in a run: claimed by one process, filled, finished by its manifest.
 
-- the lock is `flock` on a file under `.locks/`: the kernel drops it when its holder dies, so no lock is ever stale
 - same key and outputs in place: up to date. Another key: refused with the reason, unless forced
 - forced, the old folder is set aside and deleted only when the new one is finished
 - leftovers of an unfinished start are kept for resuming when their key is the same, and cleared otherwise
@@ -11,23 +10,23 @@
 import fcntl
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Generic, TextIO, TypeVar
+from typing import Generic, TypeVar
 
 from loguru import logger
 
 from schemas.changes import changed_inputs, changed_settings, changed_version
-from schemas.failures import LockedFailure, StaleFailure
+from schemas.failures import StaleFailure
 from schemas.files import FileRef, write_bytes
 from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, InputRef, Manifest, key_of
 from schemas.strict import Config, Strict
 from stages.artifacts.environment import environment
+from stages.artifacts.locks import held, open_lock, refusal, take
 
 M = TypeVar("M", bound=Manifest)
 
@@ -148,7 +147,7 @@ def claim_folder(
     Raises LockedFailure when another process holds it, StaleFailure when it is finished with other settings or inputs.
     """
     name = folder or manifest_type.folder
-    with _lock(run_dir, name) if launched_as().rank == 0 else nullcontext():
+    with held(run_dir, name) if launched_as().rank == 0 else nullcontext():
         claim = Claim(run_dir, name, manifest_type, config, inputs)
         if collection:
             claim.begin_collection()
@@ -167,58 +166,17 @@ def share_folder(
     """
     name = manifest_type.folder
     claim = Claim(run_dir, name, manifest_type, config, inputs)
-    with _lock_file(run_dir, name) as file:
-        if _flock(file, fcntl.LOCK_EX):
+    with open_lock(run_dir, name) as file:
+        if take(file, fcntl.LOCK_EX):
             claim.begin(force=False)  # alone for a moment: leftovers of other settings can be cleared
         for _ in range(round(PATIENCE / 0.1)):
-            if _flock(file, fcntl.LOCK_SH):
+            if take(file, fcntl.LOCK_SH):
                 break
             time.sleep(0.1)
         else:
-            raise _locked(run_dir / name, file)
+            raise refusal(run_dir / name, file)
         claim.join()
         yield claim
-
-
-@contextmanager
-def _lock(run_dir: Path, name: str) -> Iterator[None]:
-    with _lock_file(run_dir, name) as file:
-        if not _flock(file, fcntl.LOCK_EX):
-            raise _locked(run_dir / name, file)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-        file.truncate(0)
-
-
-def _lock_file(run_dir: Path, name: str) -> TextIO:
-    locks = run_dir / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    return (locks / f"{name.replace('/', '-')}.lock").open("a+")
-
-
-def _flock(file: TextIO, kind: int) -> bool:
-    """Take the lock, or change the one held; False when others stand against it."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _locked(path: Path, file: TextIO) -> LockedFailure:
-    file.seek(0)
-    holder = file.read().strip() or "other processes"
-    return LockedFailure(f"{path} is being worked on by {holder}: wait for it or stop it")
-
-
-@contextmanager
-def turn_by_turn(run_dir: Path, name: str) -> Iterator[None]:
-    """Within the block, be the only one of the jobs that share a stage; the others wait."""
-    with _lock_file(run_dir, name) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def differences(manifest: Manifest, config: Config, inputs: Sequence[InputRef]) -> Iterator[str]:

@@ -182,7 +182,9 @@ def test_a_second_process_is_refused_at_once_and_a_killed_one_blocks_nobody(tmp_
         assert parent.poll(60), "the process that was to hold the folder never claimed it"
         process = parent.recv()
         started = time.monotonic()
-        with pytest.raises(LockedFailure, match=rf"toys is being worked on by process {process} on \S+: wait for it"):
+        with pytest.raises(
+            LockedFailure, match=rf"toys is being worked on by process {process} on \S+ since 2\S+: wait"
+        ):
             run(ToyConfig(), tmp_path)
         assert time.monotonic() - started < 2
     finally:
