@@ -82,6 +82,9 @@ class SlurmConfig(Resources):
     requeues: int = Field(
         20, ge=0, le=10_000, description="How often a training that was told to stop may go back into the queue."
     )
+    max_array: int = Field(
+        1001, ge=1, description="Slurm's MaxArraySize, below which numbers of tasks lie, where Slurm cannot be asked."
+    )
     tokenize: ArrayResources = Field(ArrayResources(), description="Of the jobs that tokenize.")
     join: Resources = Field(Resources(), description="Of the short jobs that join what arrays have made.")
     cluster: Resources = Field(Resources(), description="Of the clustering.")

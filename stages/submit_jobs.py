@@ -48,6 +48,8 @@ def run(config: SubmitConfig, run_dir: Path, *, force: bool = False) -> list[Job
     with turn_by_turn(run_dir, FOLDER):
         todo = find_todo(_compared(config, run_dir), AFTER, run_dir, force=force)
         jobs = list(_jobs(config, run_dir, todo))
+        _refuse_large_arrays(jobs, config)
+        _refuse_names(jobs, config, run_dir)
         _write_scripts(jobs, config, run_dir)
         missing = {job.name: _missing(job, todo, run_dir) for job in jobs}
         if config.submit:
@@ -71,6 +73,8 @@ def _jobs(config: SubmitConfig, run_dir: Path, todo: Todo) -> Iterator[Job]:
     """The pipeline, in an order in which each can name those before it."""
     slurm, stages = config.slurm, config.stages
     settings = ("--settings", config.settings_file) if config.settings_file else ()
+    if "-" in config.inputs:
+        raise UsageFailure("a job has no standard input: give files")
     texts = tuple(map(_as_path, config.inputs))
 
     def words(command: str, *more: str) -> tuple[str, ...]:
@@ -102,10 +106,34 @@ def _jobs(config: SubmitConfig, run_dir: Path, todo: Todo) -> Iterator[Job]:
             yield Job(command, words(command), slurm.resolved(own), after, trains=trains, force=force)
 
 
+def _refuse_large_arrays(jobs: Sequence[Job], config: SubmitConfig) -> None:
+    """Raise UsageFailure for an array that sbatch would refuse when the jobs before it are in the queue already."""
+    limit = job_queue.array_limit() if config.submit and any(job.tasks for job in jobs) else None
+    for job in jobs:
+        if job.tasks and max(job.tasks) >= (limit or config.slurm.max_array):
+            known = f"MaxArraySize = {limit}" if limit else f"[slurm] max_array = {config.slurm.max_array}"
+            mend = "have fewer [slurm] shards" if job.name == "tokenize-shards" else "have fewer clusters"
+            raise UsageFailure(
+                f"the array {job.name} needs a task {max(job.tasks)}, and numbers end below {known}: {mend}"
+            )
+
+
+def _refuse_names(jobs: Sequence[Job], config: SubmitConfig, run_dir: Path) -> None:
+    """Raise UsageFailure for names that Slurm, or the record of the jobs, cannot hold."""
+    folder = str((run_dir / FOLDER).absolute())
+    if config.submit and "\\" in folder:
+        raise UsageFailure(f"Slurm writes no log below {folder}: a path must not hold a backslash")
+    for text in (folder, *(job.command(config.program) for job in jobs)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageFailure(
+                f"{text!r:.200} holds what is no UTF-8, so no job can be made of it: rename it"
+            ) from error
+
+
 def _as_path(text: str) -> str:
     """What begins with a dash would be taken for a flag."""
-    if text == "-":
-        raise UsageFailure("a job has no standard input: give files")
     return f"./{text}" if text.startswith("-") else text
 
 
@@ -114,7 +142,7 @@ def _write_scripts(jobs: Sequence[Job], config: SubmitConfig, run_dir: Path) -> 
     for job in jobs:
         name = job_name(job.name, run_dir)
         text = render(job, name, config.program, Path.cwd(), slurm.warn_seconds, slurm.requeues)
-        write_bytes(_script(job, run_dir), text.encode(errors="surrogateescape"), run_dir)
+        write_bytes(_script(job, run_dir), text.encode(), run_dir)
     (run_dir / FOLDER / "logs").mkdir(exist_ok=True)
 
 
@@ -220,8 +248,6 @@ def _active(mine: Sequence[JobRecord], known: dict[str, str], command: str) -> d
 def _sbatch(job: Job, tasks: Sequence[int | None], waits_for: Sequence[str], run_dir: Path) -> int:
     numbers = [task for task in tasks if task is not None]
     folder = str((run_dir / FOLDER).absolute())
-    if "\\" in folder:
-        raise UsageFailure(f"Slurm writes no log below {folder}: a path must not hold a backslash")
     log = f"{folder.replace('%', '%%')}/logs/{job.name}-{'%A_%a' if numbers else '%j'}.log"
     listed = array(numbers, job.resources.at_once) if numbers else None
     return job_queue.submit(_script(job, run_dir).absolute(), log, waits_for, listed)

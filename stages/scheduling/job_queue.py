@@ -1,4 +1,4 @@
-"""Slurm's own commands: sbatch, squeue, sacct, scancel.
+"""Slurm's own commands: sbatch, squeue, sacct, scancel, scontrol.
 
 - called with lists of arguments, never through a shell, and with a time limit: a controller may be down
 - inside a job, Slurm's variables say what that job was given: they are kept from the jobs submitted there
@@ -6,6 +6,7 @@
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,16 @@ def submit(script: Path, log: str, waits_for: Sequence[str], array: str | None) 
     if done.returncode or not number.isdecimal():
         raise UsageFailure(f"sbatch refused {script}: {_last_line(done.stderr or done.stdout)}: change [slurm]")
     return int(number)
+
+
+def array_limit() -> int | None:
+    """Slurm's MaxArraySize: numbers of tasks lie below it. None where Slurm cannot be asked."""
+    try:
+        done = _call(["scontrol", "show", "config"])
+    except (UsageFailure, ResourceFailure):
+        return None
+    found = re.search(r"^\s*MaxArraySize\s*=\s*(\d{1,9})\s*$", done.stdout, re.MULTILINE)
+    return int(found[1]) if found and not done.returncode else None
 
 
 def cancel(keys: Iterable[str]) -> None:

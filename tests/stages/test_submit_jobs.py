@@ -376,9 +376,49 @@ def test_inside_a_job_its_variables_are_not_handed_on(slurm, config, tmp_path, m
     assert not {"RANK", "MASTER_ADDR"} & set(environment)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said", "told"),
+    [
+        ({"slurm": "shards = 1001"}, "", "tokenize-shards needs a task 1001, and numbers end below [slurm] max_array"),
+        (
+            {"clusters": 1002},
+            "",
+            "the array experts needs a task 1001, and numbers end below [slurm] max_array = 1001:",
+        ),
+        ({"slurm": "shards = 4"}, "MaxArraySize = 4", "below MaxArraySize = 4: have fewer [slurm] shards"),
+        ({"slurm": "max_array = 2"}, "", "the array experts needs a task 2"),
+        ({}, "MaxArraySize = 2", "numbers end below MaxArraySize = 2: have fewer clusters"),
+    ],
+)
+def test_an_array_larger_than_slurm_takes_is_refused_before_anything_is_submitted(
+    slurm, config, tmp_path, settings, said, told
+):
+    slurm.says("scontrol", said)
+    with pytest.raises(UsageFailure) as failed:
+        run(config(**settings), tmp_path / "run")
+    assert told in str(failed.value) and "\n" not in str(failed.value)
+    assert not slurm.calls("sbatch") and not list((tmp_path / "run").glob("slurm/*.sh"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"slurm": "shards = 1000"}, ""),
+        ({"clusters": 1001}, ""),
+        ({"slurm": "shards = 4\nmax_array = 2"}, "MaxArraySize = 5"),
+    ],
+)
+def test_the_largest_array_that_slurm_takes_is_submitted(slurm, config, tmp_path, settings, said):
+    slurm.says("scontrol", said)
+    run(config(until="train-experts", **settings), tmp_path / "run")
+    assert slurm.submitted()["experts"][2] == f"0-{settings.get('clusters', 3) - 1}"
+
+
 HOSTILE = [
     "a b", "it's", 'say "x"', "$(touch owned)", "`touch owned`", "line\nbreak; touch owned", "-x", "%j%%",
     "#SBATCH --wrap=x", "a&b;c|d>owned", "~", "*", "ünïcode", "\n#SBATCH --partition=owned\n", "!x", "{a,b}",
+    "--wrap=touch owned", "-", " ", "a\rb\tc", "$SLURM_ARRAY_TASK_ID", "${IFS}", "'; touch owned; '",
+    '"; touch owned; "', "\x1b[31m", "\u202e\u2028", "a\x7fb", "[x]?", "=x",
 ]  # fmt: skip
 
 
@@ -393,8 +433,8 @@ def test_hostile_names_stay_words(slurm, config, tmp_path, name, monkeypatch):
     )
     run(one, run_dir)
     monkeypatch.chdir("/")
-    tidy = {"-x": "./-x"}.get(name, name)
-    files = ["./-x.txt" if name == "-x" else text, f"$(touch owned) {name}"]
+    tidy = f"./{name}" if name.startswith("-") else name
+    files = [f"{tidy}.txt", f"$(touch owned) {name}"]
     for (words, _), job in zip(slurm.calls("sbatch"), JOBS, strict=True):
         assert words[-1] == str(place / name / "slurm" / f"{job}.sh")
         log = str(place / name / "slurm/logs").replace("%", "%%")
@@ -420,6 +460,14 @@ def test_hostile_names_stay_words(slurm, config, tmp_path, name, monkeypatch):
 def test_a_path_with_a_backslash_is_refused_before_anything_is_submitted(slurm, config, tmp_path):
     with pytest.raises(UsageFailure, match=r"Slurm writes no log below .*a\\b.slurm: a path must not hold a backslash"):
         run(config(), tmp_path / "a\\b")
+    assert not slurm.calls("sbatch")
+
+
+@pytest.mark.parametrize("changes", [{"settings_file": "\udcff"}, {"inputs": ("a\udcff",)}, {"program": ("\udcff",)}])
+def test_a_name_that_is_no_text_is_refused_before_anything_is_submitted(slurm, config, tmp_path, changes):
+    with pytest.raises(UsageFailure, match="holds what is no UTF-8, so no job can be made of it") as failed:
+        run(config().model_copy(update=changes), tmp_path / "run")
+    str(failed.value).encode()
     assert not slurm.calls("sbatch")
 
 

@@ -41,6 +41,27 @@ def test_a_job_that_is_refused_is_one_line(command, tmp_path, line):
         job_queue.submit(tmp_path / "a.sh", "log", [], None)
 
 
+@pytest.mark.parametrize(
+    ("line", "limit"),
+    [
+        ("echo 'MaxArraySize            = 1001'", 1001),
+        ("printf 'Configuration data\\nMaxArraySize = 5\\nMaxDBDMsgs = 20\\n'", 5),
+        ("echo 'NotMaxArraySize = 7'", None),
+        ("echo 'MaxArraySize = many'", None),
+        ("echo 'MaxArraySize = 9'; exit 1", None),
+        ("exec sleep 20", None),
+    ],
+)
+def test_the_limit_of_arrays_is_what_scontrol_says(command, monkeypatch, line, limit):
+    command("scontrol", line)
+    monkeypatch.setattr(job_queue, "PATIENCE", 0.3 if "sleep" in line else 30)
+    assert job_queue.array_limit() == limit
+
+
+def test_without_scontrol_no_limit_is_known(command):
+    assert job_queue.array_limit() is None
+
+
 def test_states_are_found_by_number_task_and_name(command):
     command("squeue", "echo '5|RUNNING|n'; echo '6_0|PENDING|n'; echo '6_2|COMPLETED|n'; echo '7|RUNNING|other'")
     assert job_queue.states([record(5), record(6, 0, 2), record(7)]) == {
