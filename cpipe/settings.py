@@ -59,7 +59,7 @@ def read_settings(run_dir: Path, file: Path | None, commands: tuple[str, ...]) -
         return {}
     try:
         content = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits, too deep
         raise UsageFailure(f"{path} is not valid TOML: {error}") from error
     tables = {}
     for command, value in content.items():

@@ -25,12 +25,12 @@ class ClusterConfig(Config):
     clusters: int = Field(CLUSTERS, ge=1, le=MOST_CLUSTERS, description="Number of clusters, so of experts.")
     tree: str | None = Field(
         None,
-        pattern=r"^[1-9]\d{0,3}(x[1-9]\d{0,3}){1,9}$",
+        pattern=r"^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,9}$",
         description="Clusters in clusters: 4x4 cuts the documents into 4 and each of these into 4; the 16 count.",
     )
     sweep: str | None = Field(
         None,
-        pattern=r"^[1-9]\d{0,3}(,[1-9]\d{0,3})*$",
+        pattern=r"^[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*$",
         description="Only compare numbers of clusters, as in 4,8,16: no clusters are written.",
     )
     method: Literal["balanced", "unbalanced", "random"] = Field(

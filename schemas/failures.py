@@ -12,13 +12,27 @@ a `Failure` is a bug and keeps its traceback.
     ├── ResourceFailure    6   disk or memory
     ├── DivergedFailure    7   the loss is not finite
     └── InterruptedFailure 75  stopped by a signal; the same command resumes (EX_TEMPFAIL)
+
+Names and values from outside stand in these lines: what a terminal would take for a new line or a command is escaped.
 """
+
+LONGEST = 2000  # characters of a line
 
 
 class Failure(Exception):
-    """A failure whose message is meant for the user, as it is."""
+    """A failure whose message is meant for the user: one line, whatever stands in it."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return on_one_line(super().__str__())
+
+
+def on_one_line(text: str) -> str:
+    """Text as a terminal can show it: what is not printable is escaped, and the middle of what is too long left out."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 4 :]}"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 class UsageFailure(Failure):

@@ -10,6 +10,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -88,6 +89,8 @@ class Manifest(Strict):
     @classmethod
     def parse(cls, path: Path) -> Self:
         """Read the manifest at `path`, one of an older form converted. Raises IntegrityFailure."""
+        if not os.path.isfile(path):  # to read a pipe would be to wait for ever
+            raise IntegrityFailure(f"{path} is no file: rerun `cpipe {cls.command}` with --force")
         if path.stat().st_size > MAX_BYTES:
             raise IntegrityFailure(f"{path} is larger than {MAX_BYTES >> 20} MiB; that is no manifest of cpipe")
         text = path.read_bytes()

@@ -33,7 +33,7 @@ def manifest_folders(run_dir: Path) -> list[str]:
 def read_manifest(run_dir: Path, folder: str) -> Manifest:
     """The manifest in `folder`, of whatever stage. Raises IntegrityFailure."""
     path = run_dir / folder / FILE_NAME
-    if not path.resolve().is_relative_to(run_dir.resolve()) or not path.is_file():
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(run_dir)) or not os.path.isfile(path):
         raise IntegrityFailure(f"{path} leads out of the run or is no file: rerun the stage")
     return _type_of(path).parse(path)
 

@@ -13,7 +13,7 @@ from typing import Any, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from schemas.failures import IntegrityFailure, UsageFailure
+from schemas.failures import IntegrityFailure, UsageFailure, on_one_line
 
 
 class Strict(BaseModel):
@@ -58,7 +58,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise IntegrityFailure(f"the JSON key {twice!r} stands twice")
+        raise IntegrityFailure(f"the JSON key {twice!r:.80} stands twice")
     return dict(pairs)
 
 
@@ -109,22 +109,27 @@ def _without_runtime(model: BaseModel) -> dict[str, Any]:
 
 def explain(error: ValidationError, where: str) -> str:
     """Turn pydantic's report into one line a user can act on: place, key, problem, value found."""
-    return f"{where}: " + "; ".join(_problems(error))
+    return on_one_line(f"{where}: " + "; ".join(_problems(error)))
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
     found = [each for each in error.errors(include_url=False) if each["type"] != "default_factory_not_called"]
     for problem in found[:4]:  # what was left out follows from others, which are at fault
-        key = ".".join(str(part) for part in problem["loc"]) or "settings"
+        key = _short(".".join(str(part) for part in problem["loc"])) or "settings"
         if problem["type"] == "extra_forbidden":
             yield f"unknown key `{key}`"
         elif problem["type"] == "missing":
             yield f"`{key}` is missing"
         elif problem["type"] == "value_error":
-            message = problem["msg"].removeprefix("Value error, ")
+            message = _short(problem["msg"].removeprefix("Value error, "), 400)
             yield message if key == "settings" else f"`{key}`: {message}"
         else:
-            yield f"`{key}`: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {problem['input']!r:.80}"
+            message = _short(problem["msg"], 400)
+            yield f"`{key}`: {message[0].lower()}{message[1:]}, found {problem['input']!r:.80}"
+
+
+def _short(text: str, longest: int = 120) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def validated(model: type[Config], values: Mapping[str, Any], where: str) -> Any:

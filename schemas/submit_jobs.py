@@ -39,12 +39,12 @@ class Resources(Config):
     qos: Word | None = Field(None, description="Quality of service.")
     time: str | None = Field(
         None,
-        pattern=r"^(\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2})$",
+        pattern=r"^([0-9]+(:[0-9][0-9]){0,2}|[0-9]+-[0-9]+(:[0-9][0-9]){0,2})$",
         description='Time limit, as in "30" (minutes), "12:00:00" or "2-00" (days and hours).',
     )
     gpus: int | None = Field(None, ge=0, le=1024, description="GPUs on each node.")
     cpus: int | None = Field(None, ge=1, le=4096, description="Processor cores of each process.")
-    memory: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description='Memory on each node, as in "64G".')
+    memory: str | None = Field(None, pattern=r"^[0-9]+[KMGT]?$", description='Memory on each node, as in "64G".')
     setup: tuple[Annotated[str, AfterValidator(_one_line)], ...] | None = Field(
         None, description="Shell lines to run before the command, as in `module load cuda`."
     )

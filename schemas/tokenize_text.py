@@ -84,7 +84,7 @@ class TokenizeConfig(Config):
     encoder: Library = runtime_setting("auto", "Library that encodes; both give the same ids.")
     workers: int | None = runtime_setting(None, "Processes that encode at once; default: one per core.", gt=0)
     shard: str | None = runtime_setting(
-        None, "Do only the i-th of n shares of the work, as in `3/8`.", pattern=r"^[1-9]\d{0,4}/[1-9]\d{0,4}$"
+        None, "Do only the i-th of n shares of the work, as in `3/8`.", pattern=r"^[1-9][0-9]{0,4}/[1-9][0-9]{0,4}$"
     )
     merge: bool = runtime_setting(False, "Only join what the shares have done; refuse when some of it is missing.")
 

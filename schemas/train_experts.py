@@ -51,7 +51,9 @@ class ExpertsConfig(Config):
         "own, whatever the kind of the experts.",
     )
     expert: str | None = runtime_setting(
-        None, "Train only this member: a cluster's number, or `dense` (for arrays of jobs).", pattern=r"^(\d+|dense)$"
+        None,
+        "Train only this member: a cluster's number, or `dense` (for arrays of jobs).",
+        pattern=r"^([0-9]+|dense)$",
     )
     parallel: int | None = runtime_setting(
         None,

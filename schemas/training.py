@@ -1,12 +1,14 @@
 """How anything is trained: optimizer, schedule, precision, engine. One set of fields for every model."""
 
 import json
+import os
 from pathlib import Path
 from typing import Literal, NoReturn, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.strict import Config, Strict, runtime_setting
+from schemas.failures import IntegrityFailure
+from schemas.strict import Config, Strict, runtime_setting, unique_json
 
 
 class TrainingConfig(Config):
@@ -91,17 +93,21 @@ class TrainingConfig(Config):
             return None
         text = value
         if not value.startswith("{"):
+            if os.path.exists(value) and not os.path.isfile(value):
+                raise ValueError(f"cannot read {value}: it is no file")
             try:
                 text = Path(value).read_text()
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"cannot read {value}: {getattr(error, 'strerror', None) or error}") from error
         try:
+            unique_json(text)
             content = json.loads(text, parse_constant=_no_number)
-        except ValueError as error:
-            raise ValueError(f"{value} is not valid JSON: {error}") from error
+            canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        except (ValueError, IntegrityFailure, RecursionError) as error:
+            raise ValueError(f"{value:.400} is not valid JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{value} must hold a JSON object, found {text:.40}")
-        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return canonical
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:

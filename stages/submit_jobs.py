@@ -271,6 +271,8 @@ def _read_record(run_dir: Path) -> tuple[JobRecord, ...]:
     if not path.exists():
         return ()
     try:
+        if not path.is_file():
+            raise IntegrityFailure("is no file")
         return JobsRecord.from_json(path.read_bytes()).jobs
     except (ValidationError, IntegrityFailure) as error:
         why = explain(error, str(path)) if isinstance(error, ValidationError) else f"{path}: {error}"

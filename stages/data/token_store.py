@@ -171,10 +171,10 @@ class TokenStore:
 
 
 def _map_shard(path: Path) -> list[pa.RecordBatch]:
-    reader = _map(path)
-    if reader.schema not in (_schema(np.uint16), _schema(np.uint32)):
-        raise IntegrityFailure(f"{path} is not a token shard (its columns: {', '.join(reader.schema.names)})")
-    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+    schema, batches = _map(path)
+    if schema not in (_schema(np.uint16), _schema(np.uint32)):
+        raise IntegrityFailure(f"{path} is not a token shard (its columns: {', '.join(schema.names)!r:.200})")
+    return batches
 
 
 def keep_rows(shard: Path, kept: np.ndarray, target: Path, run_dir: Path) -> FileRef | None:
@@ -205,7 +205,8 @@ def write_table(path: Path, columns: Mapping[str, Sequence[str] | np.ndarray], r
 
 def read_table(path: Path) -> dict[str, Any]:
     """Read what `write_table` wrote: numbers as numpy arrays, strings as lists. Raises IntegrityFailure."""
-    table = _map(path).read_all()
+    schema, batches = _map(path)
+    table = pa.Table.from_batches(batches, schema)
     columns = zip(table.column_names, table.columns, strict=True)
     return {
         name: column.to_pylist() if pa.types.is_string(column.type) else column.to_numpy() for name, column in columns
@@ -218,8 +219,13 @@ def _write(file: Any, schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> N
             writer.write_batch(batch)
 
 
-def _map(path: Path) -> Any:
+def _map(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
+    """The batches of a file, whose offsets were found to lie inside it: Arrow trusts them, and would read anywhere."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path)))
-    except (pa.ArrowInvalid, OSError) as error:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        for batch in batches:
+            batch.validate(full=True)
+        return reader.schema, batches
+    except (pa.ArrowException, OSError) as error:
         raise IntegrityFailure(f"{path} is not an Arrow file: rerun the stage that wrote it with --force") from error

@@ -99,6 +99,8 @@ def newest(folder: Path) -> tuple[dict[str, Tensor], Progress] | None:
     """The newest whole checkpoint in `folder`, or None."""
     for path in sorted(folder.glob("step-*.json"), reverse=True):
         try:
+            if not path.is_file():
+                raise IntegrityFailure("it is no file")
             descriptor = Descriptor.from_json(path.read_bytes())
             return safetensors.torch.load_file(descriptor.tensors.check(folder)), descriptor.progress
         except (ValidationError, IntegrityFailure) as error:
