@@ -18,7 +18,7 @@ from loguru import logger
 from rich.console import Console
 from rich.text import Text
 
-from schemas.failures import Failure, UsageFailure
+from schemas.failures import Failure, UsageFailure, on_one_line
 from schemas.launch import launched_as
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def session(run_dir: Path, command: str, *, log: bool = True) -> Iterator[None]:
 
 def complain(message: str) -> None:
     """One line on standard error."""
-    ERRORS.print(Text.assemble(("cpipe:", "bold red"), " ", message), soft_wrap=True)
+    ERRORS.print(Text.assemble(("cpipe:", "bold red"), " ", on_one_line(message)), soft_wrap=True)
 
 
 @contextmanager
