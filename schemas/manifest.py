@@ -107,6 +107,8 @@ class Manifest(Strict):
     @classmethod
     def _from_older(cls, path: Path, text: bytes) -> Self | None:
         """The manifest converted step by step, where it is of an older form and there is a conversion for each."""
+        if cls.version == 1:
+            return None
         content = unique_json(text)
         found = cls._version_of(content)
         if found is None or not all(step in cls.conversions for step in range(found, cls.version)):
@@ -138,7 +140,7 @@ class Manifest(Strict):
         if schema == cls.expected_schema():
             return None
         command, _, version = str(schema).removeprefix("cpipe.").partition("/")
-        if command == cls.command and version.isdecimal() and int(version) > cls.version:
+        if command == cls.command and version.isdecimal() and len(version) < 10 and int(version) > cls.version:
             return (
                 f"{path} was written by cpipe {_writer(found)} as {schema}; this is cpipe {VERSION}, which reads "
                 f"{cls.expected_schema()}: upgrade cpipe, or rerun `cpipe {cls.command}` into another run"

@@ -93,11 +93,17 @@ def test_a_newer_manifest_of_the_same_shape_is_refused_too(tmp_path: Path) -> No
     assert "as cpipe.toy/12" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("schema", ["cpipe.other/1", "cpipe.toy/0", "cpipe.toy/²", "cpipe.toy", "", None, 3])
+@pytest.mark.parametrize("schema", ["cpipe.other/1", "cpipe.toy/0", "cpipe.toy/²", "cpipe.toy", "", None, 3, [], {}])
 def test_another_stages_manifest_is_refused(tmp_path: Path, schema: Any) -> None:
     written(tmp_path)
     edited(tmp_path, schema=schema)
     assert f"has schema {schema!r}, expected 'cpipe.toy/1'" in refusal(tmp_path)
+
+
+def test_a_version_of_thousands_of_digits_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    edited(tmp_path, schema=f"cpipe.toy/{'9' * 5000}")
+    assert "has schema 'cpipe.toy/999" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
