@@ -2,10 +2,10 @@
 
     python benchmarks/bench_faults.py [--tries 20] [--seed 0] [--only kill,full,...]
 
-Prints a row per fault and stage: tries, how many survived, bytes lost. Survived means: the failure was told as it
-should be (exit code, one line), every manifest left behind lists whole files, nothing made before was touched, and the
-same command, run again, ends with the bytes of a run that met no fault. Bytes lost are those of files that do not. Rows
-that lose say how.
+Prints a row per fault and stage: tries, how many struck before the stage had ended, how many survived, bytes lost.
+Survived means: the failure was told as it should be (exit code, one line), every manifest left behind lists whole
+files, nothing made before was touched, and the same command, run again, ends with the bytes of a run that met no fault.
+Bytes lost are those of files that do not. Rows that lose say how.
 
 - commands run in processes forked from one that has imported the libraries, so a fault strikes the stage, not an import
 - SIGKILL strikes at a moment drawn evenly from the time the stage takes without it
@@ -94,19 +94,21 @@ class Row:
     fault: str
     stage: str
     tries: int = 0
+    struck: int = 0
     survived: int = 0
     lost: int = 0
     how: list[str] = field(default_factory=list)
 
-    def count(self, wrong: list[str], lost: int) -> None:
+    def count(self, wrong: list[str], lost: int, struck: bool = True) -> None:
         self.tries += 1
+        self.struck += struck
         self.survived += not wrong and not lost
         self.lost += lost
         self.how += wrong or ([f"{lost} bytes differ"] if lost else [])
 
     def __str__(self) -> str:
         how = f"  LOST: {self.how[0][:300]}" if self.how else ""
-        return f"| {self.fault} | {self.stage} | {self.tries} | {self.survived} | {self.lost:,} |{how}"
+        return f"| {self.fault} | {self.stage} | {self.tries} | {self.struck} | {self.survived} | {self.lost:,} |{how}"
 
 
 @dataclass
@@ -248,7 +250,7 @@ class Bench:
                     found.append(f"after the fault: {failure}")
         return found
 
-    def again(self, row: Row, run: Path, wrong: list[str], *flags: str) -> None:
+    def again(self, row: Row, run: Path, wrong: list[str], *flags: str, struck: bool = True) -> None:
         """Run the stage again, and note what is not as without the fault."""
         names = list(STAGES)
         wrong += self.half(run)
@@ -256,9 +258,12 @@ class Bench:
         wrong += ended.wrong(0)
         left = [str(path.relative_to(run)) for path in run.rglob("*.tmp")]
         wrong += [f"left behind: {left}"] if left else []
-        row.count(wrong, self.harm(run, *names[: names.index(row.stage) + 1]))
+        row.count(wrong, self.harm(run, *names[: names.index(row.stage) + 1]), struck)
         if not wrong:
             shutil.rmtree(run)
+
+    def counts(self) -> list[tuple[int, int, int, int]]:
+        return [(row.tries, row.struck, row.survived, row.lost) for row in self.rows]
 
     def row(self, fault: str, stage: str) -> Iterator[Row]:
         row = Row(fault, stage)
@@ -273,8 +278,8 @@ def kill(bench: Bench) -> None:
         for row in bench.row("SIGKILL", stage):
             for _ in range(bench.tries):
                 run = bench.before(stage)
-                bench.run(run, stage, kill=bench.draw.uniform(0, bench.seconds[stage]))
-                bench.again(row, run, [])
+                ended = bench.run(run, stage, kill=bench.draw.uniform(0, bench.seconds[stage]))
+                bench.again(row, run, [], struck=ended.code == -signal.SIGKILL)
 
 
 def group(bench: Bench) -> None:
@@ -285,8 +290,8 @@ def group(bench: Bench) -> None:
         for row in bench.row(f"SIGKILL, {' '.join(flags)}", stage):
             for _ in range(max(1, bench.tries // 4)):
                 run = bench.before(stage)
-                bench.run(run, stage, *flags, kill=bench.draw.uniform(0, seconds))
-                bench.again(row, run, [], *flags)
+                ended = bench.run(run, stage, *flags, kill=bench.draw.uniform(0, seconds))
+                bench.again(row, run, [], *flags, struck=ended.code == -signal.SIGKILL)
 
 
 def manifest(bench: Bench) -> None:
@@ -324,7 +329,9 @@ def fill(bench: Bench, row: Row, place: Path) -> None:
     subprocess.run(["mount", "-o", f"remount,size={room}", place], check=True)
     ended = bench.run(run, row.stage)
     subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
-    bench.again(row, run, ended.wrong(6, 0))  # 0: what it needed to write besides was less than thought
+    bench.again(
+        row, run, ended.wrong(6, 0), struck=ended.code == 6
+    )  # 0: what it needed to write besides was less than thought
     shutil.rmtree(run, ignore_errors=True)
 
 
@@ -446,9 +453,9 @@ def clock(bench: Bench) -> None:
         for row in bench.row("clock backwards, SIGKILL", stage):
             for _ in range(max(1, bench.tries // 10)):
                 run = bench.before(stage)
-                bench.run(run, stage, kill=bench.draw.uniform(0, bench.seconds[stage]), fault=("clock", 0))
+                ended = bench.run(run, stage, kill=bench.draw.uniform(0, bench.seconds[stage]), fault=("clock", 0))
                 wrong = bench.run(run, stage, fault=("clock", 0)).wrong(0)
-                bench.again(row, run, wrong)
+                bench.again(row, run, wrong, struck=ended.code == -signal.SIGKILL)
 
 
 def diverge(bench: Bench) -> None:
@@ -479,11 +486,11 @@ def main() -> None:
         bench = Bench(Path(name), given.tries, given.seed, given.engine)
         times = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in bench.seconds.items())
         print(f"seconds without a fault: {times}\n")
-        print("| fault | stage | tries | survived | bytes lost |\n|---|---|--:|--:|--:|", flush=True)
+        print("| fault | stage | tries | struck | survived | bytes lost |\n|---|---|--:|--:|--:|--:|", flush=True)
         for fault in given.only.split(","):
             FAULTS[fault](bench)
-    tries, survived = sum(row.tries for row in bench.rows), sum(row.survived for row in bench.rows)
-    print(f"| all | all | {tries} | {survived} | {sum(row.lost for row in bench.rows):,} |")
+    tries, struck, survived, lost = (sum(column) for column in zip(*bench.counts(), strict=True))
+    print(f"| all | all | {tries} | {struck} | {survived} | {lost:,} |")
     print(f"\n{tries - survived} of {tries} tries lost; {time.monotonic() - begun:.0f} s, seed {given.seed}")
 
 
