@@ -7,6 +7,8 @@ E head width, F MLP width.
   a window, not `window` or more before it). Tokens carry their index; latents carry the index of their group, so
   latents of one group see each other
 - with a cache the same code runs on the new positions only; there is no second, "incremental" formula to keep equal
+- many positions under a mask attend in blocks (`stages.nn.masking`), and a cache lets go of what its window has left
+  behind: memory grows with the number of positions, never with its square
 - module names are Hugging Face's, so a decoder's state_dict is a checkpoint of `transformers` as it stands
 - where the architectures differ: Qwen2 has biases on q, k and v, Qwen3 norms every head of q and k
 """
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from schemas.decoder import Architecture, LinearRope, RopeScaling
+from stages.nn.masking import UNCUT, Blocks, attend, causal_mask
 
 
 class RMSNorm(nn.Module):
@@ -42,13 +45,13 @@ class LayerCache:
         self.k_BKSE: Tensor | None = None
         self.v_BKSE: Tensor | None = None
 
-    def append(self, k_BKTE: Tensor, v_BKTE: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """Add new keys and values; returns the last `keep` of all."""
+    def append(self, k_BKTE: Tensor, v_BKTE: Tensor, reach: int | None) -> tuple[Tensor, Tensor]:
+        """Add new keys and values; returns them after the `reach` that came before them (None: all)."""
         if self.k_BKSE is not None and self.v_BKSE is not None:
-            k_BKTE = torch.cat([self.k_BKSE, k_BKTE], 2)
-            v_BKTE = torch.cat([self.v_BKSE, v_BKTE], 2)
-        self.k_BKSE, self.v_BKSE = k_BKTE[:, :, -keep:], v_BKTE[:, :, -keep:]
-        return self.k_BKSE, self.v_BKSE
+            k_BKTE = torch.cat([_last(self.k_BKSE, reach, 2), k_BKTE], 2)
+            v_BKTE = torch.cat([_last(self.v_BKSE, reach, 2), v_BKTE], 2)
+        self.k_BKSE, self.v_BKSE = _last(k_BKTE, reach, 2), _last(v_BKTE, reach, 2)
+        return k_BKTE, v_BKTE
 
 
 class StackCache:
@@ -59,14 +62,19 @@ class StackCache:
         self.position_S: Tensor | None = None
         self.seen = 0  # positions in all, also those a window has left behind
 
-    def append(self, position_T: Tensor, window: int | None) -> Tensor:
-        """Add new positions; returns those that the first new one, or a later one, can reach."""
-        position_S = position_T if self.position_S is None else torch.cat([self.position_S, position_T])
-        if window is not None and len(position_S) > len(position_T) > 0:  # new ones are never out of reach
-            position_S = position_S[position_S > position_T[0] - window]
-        self.position_S = position_S
+    def append(self, position_T: Tensor, reach: int | None) -> Tensor:
+        """Add new positions; returns them after the `reach` that came before them (None: all)."""
         self.seen += len(position_T)
-        return position_S
+        if self.position_S is not None:
+            position_T = torch.cat([_last(self.position_S, reach, 0), position_T])
+        self.position_S = _last(position_T, reach, 0)
+        return position_T
+
+
+def _last(x: Tensor, count: int | None, axis: int) -> Tensor:
+    """The last `count` of an axis (None: all), without holding on to the rest."""
+    length = x.shape[axis]
+    return x if count is None or count >= length else x.narrow(axis, length - count, count).clone()
 
 
 class View:
@@ -81,20 +89,27 @@ class View:
         cache: StackCache | None = None,
         window: int | None = None,
         square: bool = True,
+        per_position: int | None = None,
         scaling: RopeScaling | None = None,
         document_BT: Tensor | None = None,
     ) -> None:
         """`square`: positions rise by one from the first to the last, so that without cache and window the plain causal
-        kernel can be used and no mask is built. `document_BT`: the number of each position's document, which is all it
+        kernel can be used and no mask is built. `per_position`: otherwise, how many in a row share each; where that is
+        not told, one mask is built for all. `document_BT`: the number of each position's document, which is all it
         sees; for passes without a cache."""
         angle_TE = rotary_angles(position_T, head_dim, theta, scaling)
         self.cos_TE, self.sin_TE = angle_TE.cos(), angle_TE.sin()
         self.cache = cache
-        position_S = position_T if cache is None else cache.append(position_T, window)
-        self.keep = len(position_S)
+        per_position = 1 if square else per_position
+        self.reach = None if window is None or per_position is None else (window - 1) * per_position
+        position_S = position_T if cache is None else cache.append(position_T, self.reach)
         self.mask_TS: Tensor | None = None
+        self.blocks: Blocks | None = None
         if not square or window is not None or len(position_S) > len(position_T):
-            self.mask_TS = causal_mask(position_T, position_S, window)
+            if len(position_T) > UNCUT and per_position is not None and document_BT is None:
+                self.blocks = Blocks(position_T, position_S, window, per_position)
+            else:
+                self.mask_TS = causal_mask(position_T, position_S, window)
         if document_BT is not None:  # [B, 1, T, T] then
             same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
             self.mask_TS = (same_BTS & causal_mask(position_T, position_S, window))[:, None]
@@ -102,6 +117,12 @@ class View:
     def layer_cache(self, layer: int) -> LayerCache | None:
         """The cache of one layer of the stack."""
         return None if self.cache is None else self.cache.layers[layer]
+
+    def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
+        """What the new positions find among all [B, H, T, E]."""
+        if self.blocks is not None:
+            return self.blocks.attend(q_BHTE, k_BKSE, v_BKSE)
+        return attend(q_BHTE, k_BKSE, v_BKSE, self.mask_TS)
 
 
 def rotary_angles(position_T: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
@@ -120,12 +141,6 @@ def scaled_rates(rate_E: Tensor, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept_E = ((turns_E - low) / (high - low)).clamp(0, 1)  # share of the unscaled rotation
     return kept_E * rate_E + (1 - kept_E) * rate_E / scaling.factor
-
-
-def causal_mask(query_end_T: Tensor, key_end_S: Tensor, window: int | None = None) -> Tensor:
-    """Boolean [T, S]: key allowed iff its end is not after the query's, and within the window."""
-    distance_TS = query_end_T[:, None] - key_end_S[None, :]
-    return distance_TS >= 0 if window is None else (distance_TS >= 0) & (distance_TS < window)
 
 
 def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -163,15 +178,8 @@ class SelfAttention(nn.Module):
         q_BHTE = rotate(self.q_norm(q_BHTE), view.cos_TE, view.sin_TE)
         k_BKTE = rotate(self.k_norm(k_BKTE), view.cos_TE, view.sin_TE)
         if cache is not None:
-            k_BKTE, v_BKTE = cache.append(k_BKTE, v_BKTE, view.keep)
-        out_BHTE = F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKTE,
-            v_BKTE,
-            attn_mask=view.mask_TS,
-            is_causal=view.mask_TS is None,
-            enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1],
-        )
+            k_BKTE, v_BKTE = cache.append(k_BKTE, v_BKTE, view.reach)
+        out_BHTE = view.attend(q_BHTE, k_BKTE, v_BKTE)
         return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
 
 

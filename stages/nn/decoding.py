@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.nn.attention import Layer, RMSNorm, causal_mask, rotary_angles
+from stages.nn.attention import Layer, RMSNorm, rotary_angles
 from stages.nn.decoder import Decoder
+from stages.nn.masking import causal_mask
 
 FIRST_ROOM = 256  # positions; doubled whenever they are used up
 

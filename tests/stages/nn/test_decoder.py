@@ -143,7 +143,7 @@ def test_a_window_bounds_the_cache():
     cache = decoder.new_cache()
     for token in ids.split(1, 1):
         decoder(token, cache)
-    assert [layer.k_BKSE.shape[2] for layer in cache.layers] == [4] * 3
+    assert [layer.k_BKSE.shape[2] for layer in cache.layers] == [3] * 3  # the next token is the fourth
 
 
 def test_a_window_as_long_as_the_text_needs_no_mask():
