@@ -205,7 +205,9 @@ class CentralModel(nn.Module):
         config = self.config
         group_N = group_M.repeat_interleave(x_BMKD.shape[2])
         end_N = (group_N + 1) * config.group_length - 1
-        view = View(group_N, config.head_dim, config.rope_theta, cache=cache, square=False)
+        view = View(
+            group_N, config.head_dim, config.rope_theta, cache=cache, square=False, per_position=x_BMKD.shape[2]
+        )
         x_BND = x_BMKD.flatten(1, 2)
         for index, layer in enumerate(self.latent_layers):
             x_BND = layer(x_BND, view, view.layer_cache(index))
