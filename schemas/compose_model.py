@@ -24,6 +24,9 @@ class CentralShape(Config):
     encoder_layers: int = Field(3, gt=0, description="Token layers before the latents.")
     latent_layers: int = Field(6, gt=0, description="Layers over latents, causal over groups.")
     decoder_layers: int = Field(3, gt=0, description="Token layers after the latents.")
+    latent_window: int | None = Field(
+        None, gt=0, description="Groups a latent layer sees, its own included; default: all before it."
+    )
     token_window: int = Field(64, gt=1, description="Tokens a token layer sees; all longer memory is latents.")
     reducer: Literal["perceiver", "last-k"] = Field(
         "perceiver", description="Latents are learned queries on the group, or its last states."

@@ -282,7 +282,7 @@ class ComposedReader:
     def read(self, ids: list[int]) -> Tensor:
         """See Reader."""
         unread, self._pending = [*self._pending, *ids], []
-        return self._model(_batch(unread), self._cache).logits_BTV[0, -1].log_softmax(-1)
+        return self._model(_batch(unread), self._cache, last=True).logits_BTV[0, -1].log_softmax(-1)
 
     def restart(self, skipped: list[int], kept: list[int]) -> None:
         """See Reader."""

@@ -142,9 +142,12 @@ class CentralModel(nn.Module):
         cache: CentralCache | None = None,
         read: Read | None = None,
         ablate: frozenset[str] = NOTHING,
+        *,
+        last: bool = False,
     ) -> CentralOutput:
         """Logits for the token after each position of `ids_BT`, the tokens after those the cache has seen.
 
+        `last`: for the token after the last position only; of a long text, all logits are larger than the model.
         `read` lets the states of every site be changed by what experts know. `ablate` leaves out what "latents" or
         "plan" give to tokens; for "bridges", give no `read`.
         """
@@ -158,6 +161,8 @@ class CentralModel(nn.Module):
         if "plan" not in ablate:
             x_BTD = x_BTD + self.plan_reader(x_BTD, start, plan_BMHD)
         x_BTD = self.norm(self._tokens(self.decoder, x_BTD, token_T, cache.decoder, read))
+        if last:
+            x_BTD, token_T = x_BTD[:, -1:], token_T[-1:]
         if read is not None:
             x_BTD = read(HEAD_SITE, x_BTD, token_T)
         cache.seen += count
@@ -206,7 +211,13 @@ class CentralModel(nn.Module):
         group_N = group_M.repeat_interleave(x_BMKD.shape[2])
         end_N = (group_N + 1) * config.group_length - 1
         view = View(
-            group_N, config.head_dim, config.rope_theta, cache=cache, square=False, per_position=x_BMKD.shape[2]
+            group_N,
+            config.head_dim,
+            config.rope_theta,
+            cache=cache,
+            window=config.latent_window,
+            square=False,
+            per_position=x_BMKD.shape[2],
         )
         x_BND = x_BMKD.flatten(1, 2)
         for index, layer in enumerate(self.latent_layers):

@@ -203,22 +203,28 @@ class ComposedModel(nn.Module):
         return ComposedCache(self.central.new_cache(), experts, gate, {}, EvidenceCache())
 
     def forward(
-        self, ids_BT: Tensor, cache: ComposedCache | None = None, ablate: frozenset[str] = NOTHING
+        self,
+        ids_BT: Tensor,
+        cache: ComposedCache | None = None,
+        ablate: frozenset[str] = NOTHING,
+        *,
+        last: bool = False,
     ) -> CentralOutput:
         """Logits for the token after each position of `ids_BT`, the tokens after those the cache has seen.
 
+        `last`: for the token after the last position only.
         `ablate`: "latents" and "plan" as in the central model; "bridges" leaves it alone, without experts;
         "experts" gives each expert's states in the place of another's.
         """
         cache = self.new_cache() if cache is None else cache
         if "bridges" in ablate:
-            return self.central(ids_BT, cache.central, None, ablate)
+            return self.central(ids_BT, cache.central, None, ablate, last=last)
         experts = self.consult(ids_BT, cache)
         if "experts" in ablate:
             experts.state_XLBTE = experts.state_XLBTE[1:] + experts.state_XLBTE[:1]
         self.bridges.remember(experts, cache.bridges)
         read = partial(self.bridges, experts=experts, caches=cache.bridges)
-        return self.central(ids_BT, cache.central, read, ablate)
+        return self.central(ids_BT, cache.central, read, ablate, last=last)
 
     @torch.no_grad()
     def consult(self, ids_BT: Tensor, cache: ComposedCache) -> ExpertStates:

@@ -105,6 +105,43 @@ def test_logits_of_a_prefix_do_not_depend_on_what_follows(reducer, upsampling):
         torch.testing.assert_close(model(ids[:, :tokens]).logits_BTV, whole[:, :tokens], atol=2e-5, rtol=1e-5)
 
 
+def test_a_latent_window_bounds_what_reaches_a_token_and_what_is_kept():
+    model = make(token_window=2, encoder_layers=1, decoder_layers=1, latent_layers=2, latent_window=2).eval()
+    cache, ids = model.new_cache(), some_ids(1, 40)
+    for token in ids.split(1, 1):
+        model(token, cache)
+    assert [layer.k_BKSE.shape[2] for layer in cache.latents.layers] == [3, 3]  # the latents of one group before
+    moved = moved_positions(lambda ids: model(ids).logits_BTV, ids, 0)
+    # Group 0 is seen by the latents of groups 1 and 2, whose latents and plan reach group 3 and, by windows, one more.
+    assert 15 in moved and max(moved) <= 16
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_latent_window_with_a_cache_equals_the_whole(window):
+    model = make(latent_window=window).eval()
+    ids, cache = some_ids(2, 43), model.new_cache()
+    parts = [model(chunk, cache).logits_BTV for chunk in ids.split([5, 1, 1, 13, 4, 19], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits_BTV, atol=2e-5, rtol=1e-5)
+    assert not torch.allclose(model(ids).logits_BTV[:, 40:], make()(ids).logits_BTV[:, 40:], atol=1e-3)
+
+
+def test_rows_of_more_than_a_block_equal_their_chunks():
+    model = make().eval()
+    ids, cache = some_ids(1, 600), model.new_cache()
+    whole = model(ids).logits_BTV
+    parts = [model(chunk, cache).logits_BTV for chunk in ids.split([270, 3, 100, 227], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=5e-5, rtol=1e-4)
+    assert min(moved_positions(lambda ids: model(ids).logits_BTV, ids, 300)) == 300
+
+
+def test_the_last_logits_alone_are_those_of_all():
+    model = make().eval()
+    ids, cache = some_ids(2, 23), model.new_cache()
+    whole = model(ids).logits_BTV
+    assert model(ids[:, :9], cache, last=True).logits_BTV.shape == (2, 1, VOCAB)
+    torch.testing.assert_close(model(ids[:, 9:], cache, last=True).logits_BTV, whole[:, -1:], atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("chunks", [[1] * 23, [3, 1, 7, 2, 10], [2, 21], [5, 5, 5, 8], [8, 4, 11]])
 @pytest.mark.parametrize(("reducer", "upsampling"), KINDS)
 def test_any_chunks_with_a_cache_equal_the_whole(reducer, upsampling, chunks):

@@ -98,6 +98,15 @@ def test_any_chunks_with_a_cache_equal_the_whole(bridge, chunks):
 
 
 @BRIDGES
+def test_the_last_logits_alone_are_those_of_all(bridge):
+    model = make(bridge).eval()
+    ids, cache = some_ids(2, 23), model.new_cache()
+    model(ids[:, :9], cache, last=True)
+    last = model(ids[:, 9:], cache, last=True).logits_BTV
+    torch.testing.assert_close(last, model(ids).logits_BTV[:, -1:], atol=5e-5, rtol=1e-4)
+
+
+@BRIDGES
 def test_logits_of_a_prefix_do_not_depend_on_what_follows(bridge):
     model = make(bridge).eval()
     ids = some_ids(2, 23)
