@@ -55,6 +55,8 @@ def _flag_type(annotation: Any) -> Any:
     origin = typing.get_origin(annotation)
     if origin in (types.UnionType, typing.Union):
         return _flag_type(next(part for part in typing.get_args(annotation) if part is not type(None)))
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return str  # as JSON
     if origin is tuple:  # of literals, Typer knows only single ones: the config checks the words
         kind = _flag_type(typing.get_args(annotation)[0])
         return list[kind] if kind in (int, float) else list[str]  # type: ignore[valid-type]

@@ -4,110 +4,15 @@
   composition (one folder per `name`, so that controls and bridge kinds live beside each other in a run)
 """
 
-from math import gcd
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator
 
-from schemas.decoder import Architecture, DecoderConfig, RopeScaling, share_of_a_head
+from schemas.central import CentralConfig as CentralConfig
+from schemas.central import CentralShape as CentralShape
 from schemas.manifest import Manifest
 from schemas.strict import Config, Strict, runtime_setting
 from schemas.training import TrainingConfig, TrainingMetrics
-
-
-class CentralShape(Config):
-    """The central concept model: groups of tokens, latents, plan. Widths not given here are the seed's."""
-
-    central_width: int | None = Field(None, gt=0, description="Width of the central model; default: the seed's.")
-    group_length: int = Field(8, gt=1, description="Tokens in a group; a group is what one concept stands for.")
-    latents_per_group: int = Field(4, gt=0, description="Latent vectors a group is reduced to.")
-    encoder_layers: int = Field(3, gt=0, description="Token layers before the latents.")
-    latent_layers: int = Field(6, gt=0, description="Layers over latents, causal over groups.")
-    decoder_layers: int = Field(3, gt=0, description="Token layers after the latents.")
-    latent_window: int | None = Field(
-        None, gt=0, description="Groups a latent layer sees, its own included; default: all before it."
-    )
-    token_window: int = Field(64, gt=1, description="Tokens a token layer sees; all longer memory is latents.")
-    reducer: Literal["perceiver", "last-k"] = Field(
-        "perceiver", description="Latents are learned queries on the group, or its last states."
-    )
-    upsampling: Literal["repeat", "attention"] = Field(
-        "attention", description="How tokens receive the latents of the group before theirs."
-    )
-    plan_horizon: int = Field(4, gt=0, description="Next concepts predicted from every group; the plan tokens read.")
-    concept_loss: Literal["cosine", "mse"] = Field("cosine", description="How predicted concepts are compared.")
-    concept_weight: float = Field(0.1, ge=0, description="Weight of the concept loss beside the token loss.")
-    start_from_seed: bool = Field(
-        True, description="Start embedding, norm, head and token layers from the seed's, where the widths are equal."
-    )
-
-    @model_validator(mode="after")
-    def _latents_fit(self) -> Self:
-        if self.latents_per_group > self.group_length:
-            raise ValueError(
-                f"latents_per_group {self.latents_per_group} is more than group_length {self.group_length}"
-            )
-        return self
-
-
-class CentralConfig(CentralShape):
-    """The central model complete: what `config.json` beside its weights holds."""
-
-    vocab_size: int = Field(gt=0, description="Number of token ids.")
-    hidden_size: int = Field(gt=0, description="Width of the residual streams of tokens and latents.")
-    intermediate_size: int = Field(gt=0, description="Width of the SwiGLU layers.")
-    num_attention_heads: int = Field(gt=0, description="Number of query heads.")
-    num_key_value_heads: int = Field(gt=0, description="Number of key and value heads.")
-    rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary position frequencies.")
-    rms_norm_eps: float = Field(1e-5, gt=0, description="Added to the mean square before the root.")
-    tie_word_embeddings: bool = Field(True, description="Use the token embedding as the output layer too.")
-    model_type: Architecture = Field("llama", description="The seed's architecture, whose layers these are like.")
-    head_dim: int = Field(
-        default_factory=share_of_a_head,
-        gt=0,
-        description="Width of one attention head of the layers; default: the heads share the residual stream's.",
-    )
-    rope_scaling: RopeScaling | None = Field(None, description="How rotary frequencies were changed for longer text.")
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What sets the layers apart from a plain Llama's is written where something does."""
-        values: dict[str, Any] = dump(self)
-        plain = {
-            "model_type": "llama",
-            "head_dim": self.hidden_size // self.num_attention_heads,
-            "rope_scaling": None,
-        }
-        return {name: value for name, value in values.items() if name not in plain or value != plain[name]}
-
-    @classmethod
-    def beside(cls, shape: CentralShape, seed: DecoderConfig) -> Self:
-        """The shape completed by the seed's; another width keeps the seed's proportions and its width of a head.
-
-        Raises ValueError when that is impossible.
-        """
-        width = shape.central_width or seed.hidden_size
-        # Heads in proportion to the width, and as many queries to a key as the seed has.
-        step = seed.hidden_size // gcd(seed.hidden_size, seed.num_key_value_heads)
-        if width % step:
-            raise ValueError(f"central_width {width} is not a multiple of {step}, the seed's head width")
-        heads = width * seed.num_attention_heads // seed.hidden_size
-        if width % heads:
-            raise ValueError(f"central_width {width} does not divide among {heads} heads")
-        return cls(
-            **(shape.model_dump() | {"central_width": width}),
-            vocab_size=seed.vocab_size,
-            hidden_size=width,
-            intermediate_size=width * seed.intermediate_size // seed.hidden_size,
-            num_attention_heads=heads,
-            num_key_value_heads=width * seed.num_key_value_heads // seed.hidden_size,
-            rope_theta=seed.rope_theta,
-            rms_norm_eps=seed.rms_norm_eps,
-            tie_word_embeddings=seed.tie_word_embeddings,
-            model_type=seed.model_type,
-            head_dim=seed.head_dim,
-            rope_scaling=seed.rope_scaling,
-        )
 
 
 class BridgeConfig(Config):

@@ -1,7 +1,7 @@
-"""The central concept model: token layers around a stack of latents that think in groups and plan the next concepts.
+"""The central concept model: token layers around levels of latents that think in groups and plan the next concepts.
 
 Shape letters: B batch, T new tokens, G group length, M groups, K latents per group, N states of a site, D model width,
-H horizon, V vocabulary.
+E concept width, H horizon, V vocabulary.
 
     tokens ─ encoder (window) ─┬───────────────── skip ──────────────┬─ decoder (window) ─ norm ─ head
                                └ groups ─ latents ─ latent layers ─┬─┴ latents of the group before
@@ -9,12 +9,13 @@ H horizon, V vocabulary.
 
 - a token of group c receives latents and plan of group c - 1, the last one complete before its own. Fresh tokens reach
   it through the encoder only, so no concept ever tells a token what follows it
+- what lies between encoder and decoder is a level (levels.py); levels above it group its latents in the same way. The
+  model is its own first level, not the owner of one, so that the weights of a model of one level have no prefix
 - one code path: the whole sequence is a chunk after nothing. The cache holds what is left over between chunks
 - token layers have the seed's names and shapes, so that they can start as the seed's first and last layers; what is new
   writes little at first, and the model starts as the seed with a window
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -22,22 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from schemas.compose_model import CentralConfig
+from schemas.central import CentralConfig
 from stages.nn.attention import Layer, RMSNorm, StackCache, View, initialise
-from stages.nn.concepts import ConceptHeads, PlanReader, concept_loss, concepts_of
+from stages.nn.concepts import concept_loss, concepts_of, latent_loss
 from stages.nn.decoder import Decoder
-from stages.nn.latents import Reducer, Upsampler
-
-# (site, states [B, N, D], index [N] of the last token each has seen) -> states [B, N, D]
-Read = Callable[[str, Tensor, Tensor], Tensor]
+from stages.nn.levels import NOTHING as NOTHING
+from stages.nn.levels import Level, LevelCache, LevelOutput
+from stages.nn.levels import Read as Read
+from stages.nn.levels import latent_site as latent_site
 
 HEAD_SITE = "head"
-NOTHING: frozenset[str] = frozenset()
-
-
-def latent_site(layer: int) -> str:
-    """Name of the place after a latent layer."""
-    return f"latent_{layer}"
 
 
 def token_site(layer: int) -> str:
@@ -50,44 +45,36 @@ class CentralOutput:
     """What one pass gives."""
 
     logits_BTV: Tensor  # fp32, for the token after each position
-    prediction_BMHD: Tensor  # concepts ahead, predicted by the groups that became complete
+    levels: list[LevelOutput]  # from the first as far up as groups became complete
+
+    @property
+    def prediction_BMHE(self) -> Tensor:
+        """Concepts ahead, predicted by the groups of the first level that became complete."""
+        return self.levels[0].prediction_BMHE
 
 
-class CentralCache:
+class CentralCache(LevelCache):
     """What the central model has to keep between chunks of one batch of sequences."""
 
     def __init__(self, config: CentralConfig) -> None:
-        self.seen = 0
+        super().__init__(config, 1)
         self.encoder = StackCache(config.encoder_layers)
-        self.latents = StackCache(config.latent_layers)
         self.decoder = StackCache(config.decoder_layers)
-        self.open_BTD: Tensor | None = None  # encoder states of the group that is not complete
-        self.latent_BMKD: Tensor | None = None  # of the last complete group
-        self.plan_BMHD: Tensor | None = None
 
 
-class CentralModel(nn.Module):
+class CentralModel(Level):
     """A causal language model that reads its past as latents of groups and its future as predicted concepts."""
 
     def __init__(self, config: CentralConfig) -> None:
-        super().__init__()
-        self.config = config
-        width, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
-        latents, length = config.latents_per_group, config.group_length
+        nn.Module.__init__(self)  # the parts of the level come in the order of the computation, and of the weights
+        width, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.encoder = _layers(config, config.encoder_layers)
-        self.reducer = Reducer(width, heads, latents, config.reducer, eps)
-        self.latent_layers = _layers(config, config.latent_layers)
-        self.latent_norm = RMSNorm(width, eps)
-        self.heads = ConceptHeads(width, latents, config.plan_horizon)
-        self.start_KD = nn.Parameter(torch.zeros(latents, width))  # what group 0 finds in place of a group before it
-        self.start_HD = nn.Parameter(torch.zeros(config.plan_horizon, width))
-        self.upsampler = Upsampler(width, heads, latents, length, config.upsampling, eps)
-        self.plan_reader = PlanReader(width, heads, config.plan_horizon, length, eps)
+        self.add_level(config, 1)
         self.decoder = _layers(config, config.decoder_layers)
         self.norm = RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
-        initialise(self, config.encoder_layers + config.latent_layers + config.decoder_layers)
+        initialise(self, sum(isinstance(part, Layer) for part in self.modules()))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -149,24 +136,18 @@ class CentralModel(nn.Module):
 
         `last`: for the token after the last position only; of a long text, all logits are larger than the model.
         `read` lets the states of every site be changed by what experts know. `ablate` leaves out what "latents" or
-        "plan" give to tokens; for "bridges", give no `read`.
+        "plan" give to tokens (more in `Level.think`); for "bridges", give no `read`.
         """
         cache = self.new_cache() if cache is None else cache
-        start, count = cache.seen, ids_BT.shape[1]
-        token_T = torch.arange(start, start + count, device=ids_BT.device)
+        token_T = torch.arange(cache.seen, cache.seen + ids_BT.shape[1], device=ids_BT.device)
         x_BTD = self._tokens(self.encoder, self.embed_tokens(ids_BT), token_T, cache.encoder)
-        memory_BMKD, plan_BMHD = self._think(x_BTD, cache, read)
-        if "latents" not in ablate:
-            x_BTD = x_BTD + self.upsampler(x_BTD, start, memory_BMKD)
-        if "plan" not in ablate:
-            x_BTD = x_BTD + self.plan_reader(x_BTD, start, plan_BMHD)
+        x_BTD, levels = self.think(x_BTD, cache, read, ablate)
         x_BTD = self.norm(self._tokens(self.decoder, x_BTD, token_T, cache.decoder, read))
         if last:
             x_BTD, token_T = x_BTD[:, -1:], token_T[-1:]
         if read is not None:
             x_BTD = read(HEAD_SITE, x_BTD, token_T)
-        cache.seen += count
-        return CentralOutput(self.lm_head(x_BTD).float(), plan_BMHD[:, 1:])
+        return CentralOutput(self.lm_head(x_BTD).float(), levels)
 
     def _tokens(
         self, layers: nn.ModuleList, x_BTD: Tensor, token_T: Tensor, cache: StackCache, read: Read | None = None
@@ -186,51 +167,16 @@ class CentralModel(nn.Module):
                 x_BTD = read(token_site(index), x_BTD, token_T)
         return x_BTD
 
-    def _think(self, x_BTD: Tensor, cache: CentralCache, read: Read | None) -> tuple[Tensor, Tensor]:
-        """Latents and plans of the groups from the last one complete before this chunk to the last complete in it."""
-        length, batch = self.config.group_length, len(x_BTD)
-        if cache.latent_BMKD is None or cache.plan_BMHD is None:
-            cache.latent_BMKD = self.start_KD.expand(batch, 1, -1, -1)
-            cache.plan_BMHD = self.start_HD.expand(batch, 1, -1, -1)
-        memory_BMKD, plan_BMHD = cache.latent_BMKD, cache.plan_BMHD
-        if cache.open_BTD is not None:
-            x_BTD = torch.cat([cache.open_BTD, x_BTD], 1)
-        groups, first = x_BTD.shape[1] // length, cache.seen // length
-        cache.open_BTD = x_BTD[:, groups * length :]
-        if groups:
-            x_BMGD = x_BTD[:, : groups * length].unflatten(1, (groups, length))
-            group_M = torch.arange(first, first + groups, device=x_BTD.device)
-            latent_BMKD = self._latents(self.reducer(x_BMGD), group_M, cache.latents, read)
-            memory_BMKD = torch.cat([memory_BMKD, latent_BMKD], 1)
-            plan_BMHD = torch.cat([plan_BMHD, self.heads(latent_BMKD)], 1)
-        cache.latent_BMKD, cache.plan_BMHD = memory_BMKD[:, -1:], plan_BMHD[:, -1:]
-        return memory_BMKD, plan_BMHD
+    def concept_loss(self, row_BT: Tensor, *prediction_BMHE: Tensor) -> Tensor:
+        """Mean over levels of the error of the predicted concepts against the complete groups of `row_BT`.
 
-    def _latents(self, x_BMKD: Tensor, group_M: Tensor, cache: StackCache, read: Read | None) -> Tensor:
-        config = self.config
-        group_N = group_M.repeat_interleave(x_BMKD.shape[2])
-        end_N = (group_N + 1) * config.group_length - 1
-        view = View(
-            group_N,
-            config.head_dim,
-            config.rope_theta,
-            cache=cache,
-            window=config.latent_window,
-            square=False,
-            per_position=x_BMKD.shape[2],
-        )
-        x_BND = x_BMKD.flatten(1, 2)
-        for index, layer in enumerate(self.latent_layers):
-            x_BND = layer(x_BND, view, view.layer_cache(index))
-            if read is not None:
-                x_BND = read(latent_site(index), x_BND, end_N)
-        return self.latent_norm(x_BND).view_as(x_BMKD)
-
-    def concept_loss(self, row_BT: Tensor, prediction_BMHD: Tensor) -> Tensor:
-        """Mean error of the predicted concepts against the complete groups of `row_BT`."""
-        config = self.config
-        concept_BMD = concepts_of(self.embed_tokens(row_BT), config.group_length)
-        return concept_loss(prediction_BMHD, concept_BMD, config.concept_loss)
+        `prediction_BMHE`: of each level from the first on.
+        """
+        concept_BME, errors = self.embed_tokens(row_BT), []
+        for shape, level_BMHE in zip(self.config.all_levels, prediction_BMHE, strict=False):
+            concept_BME = concepts_of(concept_BME, shape.group_length)
+            errors.append(concept_loss(level_BMHE, concept_BME, self.config.concept_loss))
+        return torch.stack(errors).mean()
 
 
 def _layers(config: CentralConfig, count: int) -> nn.ModuleList:
@@ -249,7 +195,7 @@ def _layers(config: CentralConfig, count: int) -> nn.ModuleList:
 
 
 class CentralLoss(nn.Module):
-    """Mean cross-entropy of the next token in nats, plus the weighted error of the predicted concepts."""
+    """Mean cross-entropy of the next token in nats, plus the weighted errors of what else the model predicts."""
 
     def __init__(self, central: CentralModel) -> None:
         super().__init__()
@@ -257,16 +203,38 @@ class CentralLoss(nn.Module):
 
     def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
         """`row_BT`: T = sequence length + 1 token ids; every token but the first is predicted."""
+        if self.training and self.central.config.random_phase:
+            row_BT = shifted(row_BT, self.central.config.span(len(self.central.config.all_levels)))
         out = self.central(row_BT[:, :-1])
         return losses_of(self.central, out, row_BT)
 
 
+def shifted(row_BT: Tensor, span: int) -> Tensor:
+    """Each row from a random one of its first `span` tokens on, and all of them `span` - 1 tokens shorter.
+
+    Groups count from a row's first token, in training as in use, so a model never meets a group in another phase than
+    it was trained in: what this gives is the same text under other groups, where epochs repeat it, at the price of
+    the tokens left out. The start depends on the row's content and on torch's seed, which the training loop sets by
+    step: micro-batches and processes do not matter.
+    """
+    batch, length = row_BT.shape
+    place_T = torch.arange(1, length + 1, device=row_BT.device)
+    content_B = (row_BT * place_T).sum(1) + torch.initial_seed() % 2**31
+    start_B = (content_B * 6364136223846793005 >> 33) % span  # Knuth's multiplier: its high bits are well mixed
+    return row_BT.gather(1, start_B[:, None] + torch.arange(length - span + 1, device=row_BT.device).expand(batch, -1))
+
+
 def losses_of(central: CentralModel, out: CentralOutput, row_BT: Tensor) -> dict[str, Tensor]:
-    """`loss`, which is optimised, and its parts `token_loss` and `concept_loss`."""
+    """`loss`, which is optimised, and its parts `token_loss`, `concept_loss` and, where it counts, `latent_loss`."""
+    config = central.config
     token = F.cross_entropy(out.logits_BTV.flatten(0, 1), row_BT[:, 1:].flatten())
-    concept = central.concept_loss(row_BT, out.prediction_BMHD)
-    return {
-        "loss": token + central.config.concept_weight * concept,
-        "token_loss": token.detach(),
-        "concept_loss": concept.detach(),
-    }
+    concept = central.concept_loss(row_BT, *(level.prediction_BMHE for level in out.levels))
+    parts = {"token_loss": token.detach(), "concept_loss": concept.detach()}
+    loss = token + config.concept_weight * concept
+    if config.latent_weight:
+        pairs = [(level.expected_BMKD, level.latent_BMKD) for level in out.levels]
+        errors = [latent_loss(made, true) for made, true in pairs if made is not None and true is not None]
+        if errors:
+            latent = torch.stack(errors).mean()
+            loss, parts["latent_loss"] = loss + config.latent_weight * latent, latent.detach()
+    return {"loss": loss, **parts}

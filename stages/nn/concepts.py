@@ -1,8 +1,11 @@
 """Concepts: what a group of tokens is about, predicted groups ahead, and read as a plan.
 
-Shape letters: B batch, T tokens, G group length, M groups, K latents per group, D model width, H horizon.
+What reads a plan is called tokens here; above the first level it is the latents of the level below.
 
-- the concept of a group is the normalised sum of its tokens' embeddings
+Shape letters: B batch, T tokens, G group length, M groups, K latents per group, C token width, D latent width,
+E concept width (the embeddings'), H horizon.
+
+- the concept of a group is the normalised sum of its tokens' embeddings; of a group of groups, that of their concepts
 - the plan is predicted from groups that are complete. Ground truth is only ever a regression target, detached, and no
   token reads it: a true plan of the group ahead would tell every token its own successor
 """
@@ -20,53 +23,71 @@ from stages.nn.latents import GroupAttention, grouped, ungrouped
 class ConceptHeads(nn.Module):
     """From the latents of group m, one prediction for each of the concepts m + 1 ... m + H."""
 
-    def __init__(self, width: int, latents: int, horizon: int) -> None:
+    def __init__(self, width: int, latents: int, horizon: int, concept_width: int) -> None:
         super().__init__()
         self.horizon = horizon
-        self.predict = nn.Linear(latents * width, horizon * width, bias=False)
+        self.predict = nn.Linear(latents * width, horizon * concept_width, bias=False)
 
     def forward(self, latent_BMKD: Tensor) -> Tensor:
-        """[B, M, H, D], of any length; only the direction counts."""
+        """[B, M, H, E], of any length; only the direction counts."""
         return self.predict(latent_BMKD.flatten(2)).unflatten(-1, (self.horizon, -1))
 
 
 class PlanReader(nn.Module):
     """The tokens of a group attend to the plan that the group before it made."""
 
-    def __init__(self, width: int, heads: int, horizon: int, length: int, eps: float) -> None:
+    def __init__(self, width: int, heads: int, horizon: int, length: int, eps: float, concept_width: int) -> None:
+        """`width`, `heads`: of the tokens."""
         super().__init__()
         self.length = length
-        self.distance_HD = nn.Parameter(torch.zeros(horizon, width))
+        self.distance_HD = nn.Parameter(torch.zeros(horizon, concept_width))
         self.norm = RMSNorm(width, eps)
-        self.attention = GroupAttention(width, heads)
+        self.attention = GroupAttention(width, heads, concept_width)
 
-    def forward(self, x_BTD: Tensor, start: int, plan_BMHD: Tensor) -> Tensor:
-        """[B, T, D] to be added to the tokens; `plan_BMHD[:, 0]` is for the group of token `start`."""
-        x_BMGD = grouped(self.norm(x_BTD), start, self.length)
-        plan_BMHD = F.normalize(plan_BMHD, dim=-1) * plan_BMHD.shape[-1] ** 0.5 + self.distance_HD
-        return ungrouped(self.attention(x_BMGD, plan_BMHD[:, : x_BMGD.shape[1]]), start, x_BTD.shape[1])
-
-
-def concepts_of(embedded_BTD: Tensor, length: int) -> Tensor:
-    """Concepts [B, M, D] of the complete groups among embedded tokens: of length one, detached, fp32."""
-    groups = embedded_BTD.shape[1] // length
-    group_BMGD = embedded_BTD[:, : groups * length].detach().float().unflatten(1, (groups, length))
-    return F.normalize(group_BMGD.sum(2), dim=-1)
+    def forward(self, x_BTC: Tensor, start: int, plan_BMHE: Tensor) -> Tensor:
+        """[B, T, C] to be added to the tokens; `plan_BMHE[:, 0]` is for the group of token `start`."""
+        x_BMGC = grouped(self.norm(x_BTC), start, self.length)
+        plan_BMHE = F.normalize(plan_BMHE, dim=-1) * plan_BMHE.shape[-1] ** 0.5 + self.distance_HD
+        return ungrouped(self.attention(x_BMGC, plan_BMHE[:, : x_BMGC.shape[1]]), start, x_BTC.shape[1])
 
 
-def concept_loss(prediction_BMHD: Tensor, concept_BMD: Tensor, kind: Literal["cosine", "mse"]) -> Tensor:
-    """Mean over the predictions whose group is complete: 1 - cosine, or the squared distance to the unit vector.
+def concepts_of(embedded_BTE: Tensor, length: int) -> Tensor:
+    """Concepts [B, M, E] of the complete groups among embedded tokens, or concepts: of length one, detached, fp32."""
+    groups = embedded_BTE.shape[1] // length
+    group_BMGE = embedded_BTE[:, : groups * length].detach().float().unflatten(1, (groups, length))
+    return F.normalize(group_BMGE.sum(2), dim=-1)
+
+
+def concept_loss(prediction_BMHE: Tensor, concept_BME: Tensor, kind: Literal["cosine", "mse", "both"]) -> Tensor:
+    """Mean over the predictions whose group is complete: 1 - cosine, the squared distance to the unit vector, or both.
 
     Zero when no group ahead is complete.
     """
-    groups, horizon = concept_BMD.shape[1], prediction_BMHD.shape[2]
-    total, count = prediction_BMHD.float().sum() * 0, 0  # in the graph even when there is nothing to compare
+    groups, horizon = concept_BME.shape[1], prediction_BMHE.shape[2]
+    total, count = prediction_BMHE.float().sum() * 0, 0  # in the graph even when there is nothing to compare
     for ahead in range(1, min(horizon, groups - 1) + 1):
-        made_BMD = prediction_BMHD[:, : groups - ahead, ahead - 1].float()
-        true_BMD = concept_BMD[:, ahead : ahead + made_BMD.shape[1]]
-        if kind == "cosine":
-            error_BM = 1 - F.cosine_similarity(made_BMD, true_BMD, dim=-1)
+        made_BME = prediction_BMHE[:, : groups - ahead, ahead - 1].float()
+        true_BME = concept_BME[:, ahead : ahead + made_BME.shape[1]]
+        if kind == "mse":
+            error_BM = _squared_distance(made_BME, true_BME)
         else:
-            error_BM = (made_BMD - true_BMD).square().sum(-1)
+            error_BM = 1 - F.cosine_similarity(made_BME, true_BME, dim=-1)
+            if kind == "both":
+                error_BM = error_BM + _squared_distance(made_BME, true_BME)
         total, count = total + error_BM.sum(), count + error_BM.numel()
     return total / max(count, 1)
+
+
+def _squared_distance(made_BME: Tensor, true_BME: Tensor) -> Tensor:
+    return (made_BME - true_BME).square().sum(-1)
+
+
+def latent_loss(expected_BMKD: Tensor, latent_BMKD: Tensor) -> Tensor:
+    """1 - cosine between what each group expects of the next group's latents and those, which are left alone.
+
+    Mirasol3B's (Piergiovanni et al. 2023, section 3.3). Zero for less than two groups.
+    """
+    if expected_BMKD.shape[1] < 2:
+        return expected_BMKD.float().sum() * 0
+    true_BMKD = latent_BMKD[:, 1:].detach().float()
+    return 1 - F.cosine_similarity(expected_BMKD[:, :-1].float(), true_BMKD, dim=-1).mean()

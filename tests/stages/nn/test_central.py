@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from schemas.compose_model import CentralConfig, CentralShape
+from schemas.central import CentralConfig, CentralShape
 from schemas.decoder import DecoderConfig, LinearRope
 from stages.nn.attention import RMSNorm
 from stages.nn.central import CentralLoss, CentralModel
@@ -152,8 +152,8 @@ def test_any_chunks_with_a_cache_equal_the_whole(reducer, upsampling, chunks):
     assert cache.seen == 23
     logits = torch.cat([part.logits_BTV for part in parts], 1)
     torch.testing.assert_close(logits, whole.logits_BTV, atol=2e-5, rtol=1e-5)
-    predictions = torch.cat([part.prediction_BMHD for part in parts], 1)
-    torch.testing.assert_close(predictions, whole.prediction_BMHD, atol=2e-5, rtol=1e-5)
+    predictions = torch.cat([part.prediction_BMHE for part in parts], 1)
+    torch.testing.assert_close(predictions, whole.prediction_BMHE, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("reducer", "upsampling"), KINDS)
@@ -189,7 +189,7 @@ def test_targets_ahead_of_each_horizon_are_the_right_groups():
 def test_the_concept_loss_teaches_the_predictor_and_leaves_its_targets_alone():
     model = make()
     out = model(some_ids(2, 24))
-    model.concept_loss(some_ids(2, 24), out.prediction_BMHD.detach().requires_grad_()).backward()
+    model.concept_loss(some_ids(2, 24), out.prediction_BMHE.detach().requires_grad_()).backward()
     assert model.embed_tokens.weight.grad is None
 
 

@@ -1,0 +1,266 @@
+"""Every option of the central model, alone and with others: who sees whom, prefixes, caches, gradients."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from schemas.central import CentralConfig, CentralShape, LevelShape
+from schemas.decoder import DecoderConfig
+from stages.nn.attention import RMSNorm
+from stages.nn.central import CentralLoss, CentralModel, shifted
+from stages.nn.levels import Level, LevelCache
+
+VOCAB, TOKENS = 31, 37  # nine groups of four and a part of one
+SEED = DecoderConfig(
+    vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
+    num_key_value_heads=2,
+)  # fmt: skip
+SHAPE = {
+    "group_length": 4, "latents_per_group": 2, "encoder_layers": 1, "latent_layers": 2, "decoder_layers": 2,
+    "token_window": 5, "plan_horizon": 2,
+}  # fmt: skip
+SECOND = LevelShape(group_length=2, latents_per_group=3, latent_layers=1, plan_horizon=1, global_layers=1)
+OTHER_SECOND = LevelShape(
+    group_length=2, latents_per_group=1, latent_layers=2, latent_width=24, reducer="last-k", upsampling="repeat",
+    plan_horizon=3, local_layers=1, shared_positions=True,
+)  # fmt: skip
+THIRD = LevelShape(group_length=2, latents_per_group=2, latent_layers=1, latent_width=8, arrangement="alternating")
+OPTIONS = {
+    "reducer": ["perceiver", "last-k"],
+    "upsampling": ["attention", "repeat"],
+    "latent_width": [None, 8, 24],
+    "local_layers": [0, 2],
+    "global_layers": [0, 1],
+    "latent_local_layers": [0, 1],
+    "latent_window": [None, 2],
+    "arrangement": ["series", "alternating"],
+    "shared_positions": [False, True],
+    "plan_horizon": [2, 1],
+    "levels": [(), (SECOND,), (OTHER_SECOND,), (SECOND, THIRD), (OTHER_SECOND, THIRD)],
+    "channels": [1, 2, 3],
+    "channel_merge": ["scalars", "features"],
+    "depth_weighted": [False, True],
+    "concept_loss": ["cosine", "mse", "both"],
+    "latent_weight": [0.0, 0.1],
+}
+ALONE = [{name: value} for name, values in OPTIONS.items() for value in values[1:]]
+
+
+def drawn(number):
+    """So many combinations from the product of all options."""
+    dice = random.Random(0)
+    return [{name: dice.choice(values) for name, values in OPTIONS.items()} for _ in range(number)]
+
+
+COMBINATIONS = [*ALONE, *drawn(20)]
+
+
+def name_of(changes):
+    if len(changes) > 1:
+        return "drawn"
+    name, value = next(iter(changes.items()))
+    return f"{name}-{'-'.join(str(each.latents_per_group) for each in value) if name == 'levels' else value}"
+
+
+def config_of(**changes):
+    return CentralConfig.beside(CentralShape(**(SHAPE | changes)), SEED)
+
+
+def loud(module, std=0.25):
+    """Weights so large that every path carries something, norms included."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    for part in module.modules():
+        if isinstance(part, RMSNorm):
+            nn.init.normal_(part.weight, mean=1.0, std=0.3)
+    return module
+
+
+def make(**changes):
+    return loud(CentralModel(config_of(**changes)))
+
+
+def some_ids(rows, tokens=TOKENS, seed=1):
+    return torch.randint(VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def moved_by(states_of, row_BN, changed):
+    """For every place of one row, the places whose states move when it is changed."""
+    several = row_BN.repeat(row_BN.shape[1] + 1, *[1] * (row_BN.dim() - 1))
+    for place in range(row_BN.shape[1]):
+        several[place, place] = changed(several[place, place])
+    out = states_of(several)
+    scale = out.abs().max()
+    return [((out[place] - out[-1]).abs().amax(-1) > 1e-6 * scale).nonzero().flatten().tolist()
+            for place in range(row_BN.shape[1])]  # fmt: skip
+
+
+def next_id(token):
+    return (token + 1) % VOCAB
+
+
+@pytest.mark.parametrize("changes", COMBINATIONS, ids=name_of)
+def test_no_token_moves_logits_before_it_in_training_with_targets(changes):
+    model = make(**changes).train()
+    seen = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out.logits_BTV.detach()))
+
+    def logits_of(row_BT):
+        CentralLoss(model)(row_BT)
+        return seen[-1]
+
+    for token, moved in enumerate(moved_by(logits_of, some_ids(1), next_id)[:-1]):
+        assert moved and min(moved) == token, f"token {token} moves {moved}"
+
+
+@pytest.mark.parametrize("changes", COMBINATIONS, ids=name_of)
+def test_logits_of_a_prefix_and_of_any_chunks_are_those_of_the_whole(changes):
+    model, ids = make(**changes).eval(), some_ids(2)
+    whole = model(ids)
+    close = {"atol": 1e-4 * float(whole.logits_BTV.detach().abs().max()), "rtol": 0}
+    for tokens in (1, 3, 4, 7, 8, 15, 16, 17, 24, 31, 33):
+        torch.testing.assert_close(model(ids[:, :tokens]).logits_BTV, whole.logits_BTV[:, :tokens], **close)
+    for chunks in ([1] * 37, [3, 1, 7, 2, 10, 14], [2, 35], [16, 16, 5], [9, 28]):
+        cache = model.new_cache()
+        parts = [model(chunk, cache) for chunk in ids.split(chunks, 1)]
+        torch.testing.assert_close(torch.cat([part.logits_BTV for part in parts], 1), whole.logits_BTV, **close)
+        for level, output in enumerate(whole.levels):
+            made = [part.levels[level].prediction_BMHE for part in parts if len(part.levels) > level]
+            torch.testing.assert_close(torch.cat(made, 1), output.prediction_BMHE, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("changes", COMBINATIONS, ids=name_of)
+def test_every_parameter_gets_a_gradient_and_only_expectations_need_a_loss_of_their_own(changes):
+    model = make(**changes, concept_weight=0.0)
+    CentralLoss(model)(some_ids(2, TOKENS + 1))["loss"].backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+
+
+@pytest.mark.parametrize("second", [SECOND, OTHER_SECOND])
+def test_a_unit_receives_from_all_groups_before_its_own_and_from_no_other(second):
+    config = config_of(levels=(second,))
+    level = loud(Level(config, 2))
+    units = config.units(2)
+
+    def received(x_BNC):
+        return level.think(x_BNC, LevelCache(config, 2))[0]
+
+    row = torch.randn(1, 4 * units + 1, 16, generator=torch.Generator().manual_seed(0))
+    for unit, moved in enumerate(moved_by(received, row, lambda state: state + 1)):
+        after = range((unit // units + 1) * units, len(row[0]))
+        last = unit % units == units - 1
+        if second.reducer == "perceiver" or last:
+            assert moved == [unit, *after]
+        else:  # of a group it keeps the last state only, and this one is not it
+            assert moved == [unit]
+
+
+def test_a_level_above_is_heard_two_groups_after_what_it_read():
+    """Tokens 0-7 are group 0 of level two; groups 2 and 3 of level one (8-15) read it, tokens 12 and on those."""
+    model, ids = make(levels=(SECOND,)).eval(), some_ids(1)
+    for part in ("latents_2", "plan_2"):
+        changed = (model(ids).logits_BTV - model(ids, ablate=frozenset({part})).logits_BTV).abs().amax(-1)[0]
+        assert (changed[:4] == 0).all(), "tokens of the first group hear of no group"
+        assert (changed[4:] > 0).all(), "what stands for a group before the first is left out, too"
+    silent = loud(CentralModel(config_of(levels=(SECOND,))))
+    above = silent.above
+    nn.init.zeros_(above.start_KD)
+    nn.init.zeros_(above.start_HD)
+    nn.init.zeros_(above.plan_reader.attention.o_proj.weight)
+    changed = (silent(ids).logits_BTV - silent(ids, ablate=frozenset({"latents_2"})).logits_BTV).abs().amax(-1)[0]
+    assert (changed[:12] == 0).all() and (changed[12:] > 0).all()
+
+
+def test_exchanging_gives_each_row_what_another_row_has():
+    model, ids = make().eval(), some_ids(2)
+    same = ids[:1].expand(2, -1)
+    exchanged = frozenset({"exchanged"})
+    assert torch.equal(model(same).logits_BTV, model(same, ablate=exchanged).logits_BTV)
+    assert not torch.allclose(model(ids).logits_BTV, model(ids, ablate=exchanged).logits_BTV, atol=1e-3)
+
+
+def test_the_default_computes_what_it_did_before_there_were_options():
+    """Equal to the last bit where matrix products round as they did; weights drawn in another order differ widely."""
+    torch.manual_seed(0)
+    seed = DecoderConfig(**(SEED.model_dump() | {"num_key_value_heads": 1}))
+    shape = CentralShape(
+        group_length=4, latents_per_group=3, encoder_layers=2, latent_layers=3, decoder_layers=3, token_window=7,
+        plan_horizon=2,
+    )  # fmt: skip
+    loss = CentralLoss(CentralModel(CentralConfig.beside(shape, seed)))
+    parts = loss(some_ids(2, 24))
+    parts["loss"].backward()
+    assert {name: float(part.detach()) for name, part in parts.items()} == pytest.approx(
+        {
+            "loss": float.fromhex("0x1.c628a20000000p+1"),
+            "token_loss": float.fromhex("0x1.b955f00000000p+1"),
+            "concept_loss": float.fromhex("0x1.0075d80000000p+0"),
+        },
+        rel=1e-6,
+    )
+    gradient = sum(float(parameter.grad.double().abs().sum()) for parameter in loss.parameters())
+    assert gradient == pytest.approx(float.fromhex("0x1.33f42be3420ccp+5"), rel=1e-6)
+    assert {name.split(".")[0] for name in loss.central.weights()} == {
+        "start_KD", "start_HD", "embed_tokens", "encoder", "reducer", "latent_layers", "latent_norm", "heads",
+        "upsampler", "plan_reader", "decoder", "norm",
+    }  # fmt: skip
+
+
+def test_a_level_above_leaves_the_names_of_those_below():
+    one, two = CentralModel(config_of()).weights(), CentralModel(config_of(levels=(SECOND,))).weights()
+    assert {name: tensor.shape for name, tensor in one.items()}.items() <= {n: t.shape for n, t in two.items()}.items()
+    assert {name.split(".")[0] for name in two.keys() - one.keys()} == {"above"}
+
+
+def test_the_tokens_of_a_row_begin_where_step_and_content_say_whatever_the_micro_batch():
+    row = torch.arange(40)[None] + 100 * torch.arange(12)[:, None]
+    starts = []
+    for step in range(30):
+        torch.manual_seed(step)
+        whole = shifted(row, 8)
+        assert whole.shape == (12, 33)
+        assert torch.equal(whole, torch.cat([shifted(part, 8) for part in row.split(5)]))
+        assert torch.equal(whole - whole[:, :1], torch.arange(33).expand(12, -1))
+        starts.append((whole[:, 0] - row[:, 0]).tolist())
+    assert set(itertools.chain(*starts)) == set(range(8))
+    assert all(len({start[number] for start in starts}) > 1 for number in range(12))
+    assert all(len(set(start)) > 1 for start in starts)
+
+
+def test_a_random_phase_is_for_training_only():
+    row, seen = some_ids(2, 38), []
+    loss = CentralLoss(make(random_phase=True, levels=(SECOND,)))
+    loss.central.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    loss.train()(row)
+    assert seen[-1].shape == (2, 38 - 7 - 1) and torch.equal(seen[-1], shifted(row, 8)[:, :-1])
+    loss.eval()(row)
+    assert torch.equal(seen[-1], row[:, :-1])
+
+
+def test_levels_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="latents_per_group 5 is more than group_length 2 groups of 2 latents, of lev"):
+        config_of(levels=(LevelShape(group_length=2, latents_per_group=5),))
+    with pytest.raises(ValueError, match="latents_per_group 5 is more than group_length 4"):
+        config_of(latents_per_group=5)
+    with pytest.raises(ValueError, match="latent_width 12 is not a multiple of 8"):
+        config_of(levels=(LevelShape(latent_width=12),))
+
+
+def test_a_shape_with_levels_comes_back_from_its_file_and_levels_from_flags():
+    config = config_of(levels=(OTHER_SECOND, THIRD), depth_weighted=True, channels=2)
+    assert CentralConfig.from_mapping(config.model_dump(mode="json")) == config
+    flags = CentralShape.from_mapping({"levels": ['{"group_length": 2, "latents_per_group": 3}']})
+    assert flags.levels == (LevelShape(group_length=2, latents_per_group=3),)
+    for wrong, message in [
+        ("group_length=2", "level 2: not valid JSON"),
+        ({"group_size": 2}, "level 2: unknown key `group_size`"),
+        ("[3]", "level 2"),
+        (7, "level 2 must be a table of settings, found 7"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            CentralShape.from_mapping({"levels": [wrong]})
