@@ -1,6 +1,7 @@
 """Floating point operations of a forward pass, counted by running it once under torch's counter.
 
-- attention is counted in full (not halved for the causal mask), for every model alike
+- attention is counted in full (not halved for the causal mask or a window), for every model alike
+- sums of states (residuals, merged channels, depth-weighted averages) are not: of width D they are a 1/D of a layer
 - a training step on a token is taken as three forward passes: one forward, two backward (Kaplan et al. 2020, 2.1)
 - where weights are frozen the backward pass is shorter: what a LoRA expert's training costs is counted by running one
 """
@@ -29,7 +30,8 @@ def forward_flops(forward: Callable[[Tensor], Any], length: int) -> float:
     """Operations per token of `forward(ids [1, length])`."""
     ids = torch.zeros(1, length, dtype=torch.long)
     # The counter knows matrix products; the fused CPU attention is unknown to it and would count as nothing.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # With gradients off it fails where a module is given a view of a weight that could have one.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(ids)
     return counter.get_total_flops() / length
 

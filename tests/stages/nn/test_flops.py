@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from schemas.central import CentralConfig, CentralShape, LevelShape
 from schemas.decoder import DecoderConfig
 from schemas.train_experts import LINEARS, LoraConfig
+from stages.nn.central import CentralModel
 from stages.nn.decoder import Decoder
 from stages.nn.flops import DecoderCosts, adapter_costs, forward_flops
 
@@ -94,3 +96,28 @@ def test_experts_of_adapters_share_the_weights_of_the_seed_and_train_for_less():
     weights, flops = adapter_costs(decoder().config, lora, 16)
     assert costs.experts == pytest.approx(300 * costs.forward + 50 * flops)
     assert costs.weights(4, 3) == sum(weight.numel() for weight in decoder().parameters()) + 3 * weights
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("levels", [0, 1])
+def test_a_central_model_is_its_matrices_and_the_attentions_of_all_its_levels(channels, levels):
+    """32 tokens: 8 groups of 4 with 2 latents each; above, 4 groups of 4 of these with 3 latents each."""
+    above = LevelShape(group_length=2, latents_per_group=3, latent_layers=2, plan_horizon=2)
+    shape = CentralShape(
+        group_length=4, latents_per_group=2, encoder_layers=1, decoder_layers=2, latent_layers=3, plan_horizon=1,
+        latent_local_layers=1, channels=channels, levels=(above,) * levels,
+    )  # fmt: skip
+    model = CentralModel(CentralConfig.beside(shape, decoder().config)).eval()
+    matrices = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda linear, args, out: matrices.append(2 * linear.in_features * out.numel())
+            )
+    pairs = 3 * 32 * 32  # token layers
+    pairs += 3 * channels * 16 * 16 + 8 * 2 * 2  # latents of all groups, and those of each
+    pairs += 8 * (2 * 4 + 4 * 2 + 4 * 1)  # reducer, upsampler, plan
+    if levels:
+        pairs += 2 * channels * 12 * 12 + 4 * (3 * 4 + 4 * 3 + 4 * 2)
+    counted = forward_flops(model, 32)
+    assert counted * 32 == sum(matrices) + 4 * 32 * pairs
