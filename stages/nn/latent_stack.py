@@ -42,7 +42,7 @@ class LatentStack(nn.ModuleList):
         *,
         latent_stack: bool = False,
     ) -> None:
-        """`window`: of global layers, in groups. `latent_stack`: channels and depth weights of the config are for it."""
+        """`window`: of global layers, in groups. `latent_stack`: it has the config's channels and depth weights."""
         channels = config.channels if latent_stack else 1
         super().__init__(_layer(config, widths, 1 if local else channels) for local in is_local)
         self.is_local, self.window = is_local, window

@@ -1,6 +1,7 @@
 """Every option of the central model, alone and with others: who sees whom, prefixes, caches, gradients."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -264,3 +265,19 @@ def test_a_shape_with_levels_comes_back_from_its_file_and_levels_from_flags():
     ]:
         with pytest.raises(ValueError, match=message):
             CentralShape.from_mapping({"levels": [wrong]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"levels": (SECOND, THIRD)}, *drawn(2)], ids=["levels", "drawn0", "drawn1"])
+def test_leak_alarm_random_tokens_stay_at_the_entropy(changes):
+    torch.manual_seed(0)
+    loss = CentralLoss(CentralModel(config_of(**changes)))
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=5e-3)
+    last = []
+    for step in range(300):
+        parts = loss(some_ids(16, TOKENS, seed=step))
+        last.append(float(parts["token_loss"]))
+        parts["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(last[-50:]) / 50 > math.log(VOCAB) - 0.01
