@@ -267,6 +267,14 @@ def test_a_shape_with_levels_comes_back_from_its_file_and_levels_from_flags():
             CentralShape.from_mapping({"levels": [wrong]})
 
 
+def test_shared_positions_are_in_what_is_reduced_too():
+    for shared in (False, True):
+        model, ids = make(shared_positions=shared).eval(), some_ids(1)
+        before = model(ids).levels[0].latent_BMKD
+        model.upsampler.place_GD.data[0] += 1
+        assert torch.equal(model(ids).levels[0].latent_BMKD, before) != shared
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"levels": (SECOND, THIRD)}, *drawn(2)], ids=["levels", "drawn0", "drawn1"])
 def test_leak_alarm_random_tokens_stay_at_the_entropy(changes):
