@@ -115,6 +115,11 @@ class CentralShape(LevelShape):
         """Tokens in a group of a level; levels count from 1."""
         return prod(shape.group_length for shape in self.all_levels[:level])
 
+    def shortest_row(self) -> int:
+        """Tokens in which every level finds two groups, so that all of it is trained."""
+        longest = self.span(len(self.all_levels))
+        return 2 * longest + (longest - 1 if self.random_phase else 0)
+
     def units(self, level: int) -> int:
         """States in a group of a level: tokens, or latents of the level below."""
         below = self.all_levels[level - 2].latents_per_group if level > 1 else 1

@@ -27,6 +27,7 @@ from schemas.central import CentralConfig
 from stages.nn.attention import Layer, RMSNorm, StackCache, View, initialise
 from stages.nn.concepts import concept_loss, concepts_of, latent_loss
 from stages.nn.decoder import Decoder
+from stages.nn.levels import LATENT_SITES as LATENT_SITES
 from stages.nn.levels import NOTHING as NOTHING
 from stages.nn.levels import Level, LevelCache, LevelOutput
 from stages.nn.levels import Read as Read
@@ -167,6 +168,12 @@ class CentralModel(Level):
                 x_BTD = read(token_site(index), x_BTD, token_T)
         return x_BTD
 
+    def begun(self, row_BT: Tensor) -> Tensor:
+        """Rows as they are; in training with a random phase, as `shifted` gives them."""
+        if not self.training or not self.config.random_phase:
+            return row_BT
+        return shifted(row_BT, self.config.span(len(self.config.all_levels)))
+
     def concept_loss(self, row_BT: Tensor, *prediction_BMHE: Tensor) -> Tensor:
         """Mean over levels of the error of the predicted concepts against the complete groups of `row_BT`.
 
@@ -203,8 +210,7 @@ class CentralLoss(nn.Module):
 
     def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
         """`row_BT`: T = sequence length + 1 token ids; every token but the first is predicted."""
-        if self.training and self.central.config.random_phase:
-            row_BT = shifted(row_BT, self.central.config.span(len(self.central.config.all_levels)))
+        row_BT = self.central.begun(row_BT)
         out = self.central(row_BT[:, :-1])
         return losses_of(self.central, out, row_BT)
 

@@ -31,12 +31,13 @@ from stages.nn.latents import Reducer, Upsampler
 # (site, states [B, N, D], index [N] of the last token each has seen) -> states [B, N, D]
 Read = Callable[[str, Tensor, Tensor], Tensor]
 
+LATENT_SITES = "latent_"
 NOTHING: frozenset[str] = frozenset()
 
 
 def latent_site(layer: int) -> str:
     """Name of the place after a latent layer, not counting local ones, of the first level."""
-    return f"latent_{layer}"
+    return f"{LATENT_SITES}{layer}"
 
 
 @dataclass

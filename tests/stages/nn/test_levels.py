@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from schemas.central import CentralConfig, CentralShape, LevelShape
+from schemas.compose_model import BridgeConfig
 from schemas.decoder import DecoderConfig
 from stages.nn.attention import RMSNorm
 from stages.nn.central import CentralLoss, CentralModel, shifted
+from stages.nn.composed import ComposedLoss, ComposedModel
+from stages.nn.decoder import Decoder
 from stages.nn.levels import Level, LevelCache
 
 VOCAB, TOKENS = 31, 37  # nine groups of four and a part of one
@@ -273,6 +276,33 @@ def test_shared_positions_are_in_what_is_reduced_too():
         before = model(ids).levels[0].latent_BMKD
         model.upsampler.place_GD.data[0] += 1
         assert torch.equal(model(ids).levels[0].latent_BMKD, before) != shared
+
+
+@pytest.mark.parametrize("bridge", ["stitch", "calm"])
+def test_bridges_read_at_latents_of_another_width_below_other_levels(bridge):
+    config = config_of(latent_width=24, levels=(SECOND,), latent_local_layers=1, channels=2, random_phase=True)
+    model = ComposedModel(CentralModel(config), [Decoder(SEED), Decoder(SEED)], BridgeConfig(bridge=bridge))
+    loud(model)
+    assert set(model.bridges.depths) == {"latent_0", "latent_1", "token_0", "head"}
+    row, seen = some_ids(1), []
+    model.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    parts = ComposedLoss(model.train())(row)
+    parts["loss"].backward()
+    assert torch.equal(seen[-1], shifted(row, 8)[:, :-1])
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.bridges.parameters() if parameter.dim() > 1)
+    model.eval()
+    for token, moved in enumerate(moved_by(lambda ids: model(ids).logits_BTV.detach(), row, next_id)):
+        assert min(moved) == token
+    cache, whole = model.new_cache(), model(row).logits_BTV
+    pieces = torch.cat([model(chunk, cache).logits_BTV for chunk in row.split([9, 1, 14, 13], 1)], 1)
+    torch.testing.assert_close(pieces, whole, atol=1e-4 * float(whole.detach().abs().max()), rtol=0)
+
+
+def test_the_shortest_row_has_two_groups_of_every_level_wherever_it_begins():
+    shape = CentralShape(**SHAPE, levels=(SECOND, THIRD))
+    assert shape.shortest_row() == 32
+    shape = shape.model_copy(update={"random_phase": True})
+    assert shifted(some_ids(3, shape.shortest_row() + 1), shape.span(3)).shape == (3, 33)
 
 
 @pytest.mark.slow
