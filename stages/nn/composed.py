@@ -24,6 +24,7 @@ from stages.nn.attention import StackCache
 from stages.nn.bridges import CalmBridge, CalmCache, StitchBridge
 from stages.nn.central import (
     HEAD_SITE,
+    LATENT_SITES,
     NOTHING,
     CentralCache,
     CentralModel,
@@ -87,13 +88,13 @@ class Bridges(nn.Module):
     def __init__(self, config: BridgeConfig, central: CentralConfig, expert_widths: list[int], priors: int) -> None:
         super().__init__()
         self.depths = site_depths(config, central)
-        width = central.hidden_size
         bridges: dict[str, nn.Module] = {}
         for site in self.depths:
+            own = central.widths(int(site.startswith(LATENT_SITES)))
             if site == HEAD_SITE or config.bridge == "stitch":
-                bridges[site] = StitchBridge(width, expert_widths, priors, before_head=site == HEAD_SITE)
+                bridges[site] = StitchBridge(own.width, expert_widths, priors, before_head=site == HEAD_SITE)
             else:
-                bridges[site] = CalmBridge(width, central.num_attention_heads, expert_widths, priors)
+                bridges[site] = CalmBridge(own.width, own.heads, expert_widths, priors)
         self.sites = nn.ModuleDict(bridges)
 
     def remember(self, experts: ExpertStates, caches: dict[str, CalmCache]) -> None:
@@ -266,4 +267,5 @@ class ComposedLoss(nn.Module):
 
     def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
         """`row_BT`: T = sequence length + 1 token ids; every token but the first is predicted."""
+        row_BT = self.composed.central.begun(row_BT)
         return losses_of(self.composed.central, self.composed(row_BT[:, :-1]), row_BT)
