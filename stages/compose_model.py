@@ -125,10 +125,10 @@ def _new_central(config: CentralAloneConfig, run_dir: Path, seed_manifest: SeedM
         raise UsageFailure("--zero-stage 3 would shard the frozen experts too: use 0, 1 or 2 to compose")
     if training.mask_documents:
         raise UsageFailure("--mask-documents is for decoders: the central model's groups reach over documents")
-    if training.sequence_length < 2 * shape.group_length:
+    if training.sequence_length < shape.shortest_row():
         raise UsageFailure(
-            f"rows of {training.sequence_length} tokens hold less than two groups of {shape.group_length}: "
-            f"use --sequence-length {2 * shape.group_length} or more"
+            f"rows of {training.sequence_length} tokens hold less than two groups of "
+            f"{shape.span(len(shape.all_levels))}: use --sequence-length {shape.shortest_row()} or more"
         )
     seed = Decoder.from_weights(*read_model(run_dir, seed_manifest))
     try:
