@@ -222,9 +222,16 @@ class Layer(nn.Module):
 
     def forward(self, x_BTD: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
         """One layer over the new positions."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._through, x_BTD, view, cache, use_reentrant=False)
-        return self._through(x_BTD, view, cache)
+        if not self.recompute or not torch.is_grad_enabled():
+            return self._through(x_BTD, view, cache)
+        before = None if cache is None else (cache.k_BKSE, cache.v_BKSE)
+
+        def through(x_BTD: Tensor) -> Tensor:
+            if cache is not None and before is not None:  # the second time as it was the first
+                cache.k_BKSE, cache.v_BKSE = before
+            return self._through(x_BTD, view, cache)
+
+        return checkpoint(through, x_BTD, use_reentrant=False)
 
     def _through(self, x_BTD: Tensor, view: View, cache: LayerCache | None) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view, cache)
