@@ -11,11 +11,13 @@ from torch import nn
 from schemas.central import CentralConfig, CentralShape, LevelShape
 from schemas.compose_model import BridgeConfig
 from schemas.decoder import DecoderConfig
-from stages.nn.attention import RMSNorm
+from stages.nn.attention import Layer, RMSNorm
 from stages.nn.central import CentralLoss, CentralModel, shifted
 from stages.nn.composed import ComposedLoss, ComposedModel
 from stages.nn.decoder import Decoder
+from stages.nn.flops import forward_flops
 from stages.nn.levels import Level, LevelCache
+from stages.nn.planning import cost_of_pass
 
 VOCAB, TOKENS = 31, 37  # nine groups of four and a part of one
 SEED = DecoderConfig(
@@ -303,6 +305,39 @@ def test_the_shortest_row_has_two_groups_of_every_level_wherever_it_begins():
     assert shape.shortest_row() == 32
     shape = shape.model_copy(update={"random_phase": True})
     assert shifted(some_ids(3, shape.shortest_row() + 1), shape.span(3)).shape == (3, 33)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_a_training_with_all_options_costs_can_be_planned(half):
+    everything = {name: values[-1] for name, values in OPTIONS.items()} | {"random_phase": True}
+    config = config_of(**everything)
+    rows, tokens = 2, 64
+    whole, again = (
+        cost_of_pass(lambda: CentralLoss(CentralModel(config)), rows, tokens, half=half, recompute=recompute)
+        for recompute in (False, True)
+    )
+    model = CentralModel(config)
+    assert whole.trained == sum(parameter.numel() for parameter in model.parameters())
+    seen = tokens - config.span(3) + 1  # a row that begins at a random token is shorter
+    forward = forward_flops(model, seen) * seen * rows
+    assert 2.5 * forward < whole.flops < 3.5 * forward
+    assert again.kept < whole.kept and again.flops > whole.flops
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"levels": (SECOND,), "channels": 2, "latent_window": 2}], ids=["plain", "more"]
+)
+def test_layers_computed_once_more_for_the_gradient_find_the_cache_as_it_was(changes):
+    gradients = []
+    for recompute in (False, True):
+        model = make(**changes)
+        for part in model.modules():
+            if isinstance(part, Layer):
+                part.recompute = recompute
+        CentralLoss(model)(some_ids(2))["loss"].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.slow
