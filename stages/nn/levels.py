@@ -12,7 +12,7 @@ E concept width, H horizon.
 - a unit of group c receives from group c - 1, the last one complete before its own. So it is at every level: whatever
   comes down to a unit was made of units before its own group, and of nothing else. By induction: the latents of group
   c of level l end with the group's last unit; what they receive from level l + 1 ends before their group there does
-- the first level's `latents` are all a token ever gets from any level; ablating them ablates those above as well
+- latents and plan of the first level are all a token ever gets; those above reach it through these
 - one code path: the whole sequence is a chunk after nothing. The cache holds what is left over between chunks
 """
 
