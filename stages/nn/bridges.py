@@ -1,22 +1,30 @@
 """Bridges: how states of the central model read the hidden states of experts.
 
-Shape letters: B batch, N states that read, T new tokens, S tokens so far, D central width, E expert width, X experts,
-F priors per expert, H heads, C head width.
+Shape letters: B batch, N states that read, T new tokens, D central width, E expert width, X experts, F priors per
+expert, H heads, C head width, K keys: the null key and one per token and expert so far, W = C + X.
 
 - a bridge is an ordinary module: everything it reads is an argument, and only a cache given to it outlives a call
 - whoever has seen tokens up to and including `end` may read experts' states up to `end`
 - bridges start open: experts share a seed with each other and with the central model, so their states are worth
   something untransformed, and a gate that starts near zero stays there
+- an expert may rest: its state is None then, and no reader of the tokens it rests at gives it weight
 - priors are what is known about the experts at a token without looking at the reader: the gates' log-weights, evidence
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+States = Sequence[Tensor | None]  # of each expert; None where it rests
+
 STEEPEST = 4.0  # slope of the recency bias of the first head: the token before weighs e^-4
 SHARE_INSIDE = 0.3  # what experts have at first between layers
 SHARE_BEFORE_HEAD = 0.5  # and before the output layer
+NULL = -1  # in the place of the last token the null key has seen
+READERS = 256  # that attend at a time
+RESTING = -1e4  # log-probability of an expert at rest: no weight in any precision, yet a number, and 0 times it is 0
 
 
 def unit_scale(x_BTD: Tensor) -> Tensor:
@@ -37,6 +45,20 @@ def identity_linear(inner: int, outer: int) -> nn.Linear:
     else:
         nn.init.orthogonal_(linear.weight)
     return linear
+
+
+def at_rest(state_XBTE: States) -> list[int]:
+    """The experts that have no states."""
+    return [index for index, state_BTE in enumerate(state_XBTE) if state_BTE is None]
+
+
+def without(score_BNX: Tensor, resting: Sequence[int]) -> Tensor:
+    """Scores, or log-probabilities, that give some experts no weight."""
+    if not resting:
+        return score_BNX
+    rests_X = torch.zeros(score_BNX.shape[-1], dtype=torch.bool, device=score_BNX.device)
+    rests_X[list(resting)] = True
+    return score_BNX.masked_fill(rests_X, RESTING)
 
 
 class Prior(nn.Module):
@@ -73,18 +95,21 @@ class StitchBridge(nn.Module):
         nn.init.zeros_(self.open.weight)
         nn.init.constant_(self.open.bias, torch.logit(share).item())
 
-    def shares(self, x_BND: Tensor, prior_BNXF: Tensor) -> Tensor:
+    def shares(self, x_BND: Tensor, prior_BNXF: Tensor, resting: Sequence[int] = ()) -> Tensor:
         """[B, N, 1 + X], summing to one: the central model's own share, then the experts'."""
         unit_BND = unit_scale(x_BND)
         open_BN1 = self.open(unit_BND).float().sigmoid()
-        expert_BNX = (self.choose(unit_BND).float() + self.prior(prior_BNXF)).softmax(-1)
+        score_BNX = self.choose(unit_BND).float() + self.prior(prior_BNXF)
+        expert_BNX = without(score_BNX, resting).softmax(-1)
         return torch.cat([1 - open_BN1, open_BN1 * expert_BNX], -1)
 
-    def forward(self, x_BND: Tensor, state_XBNE: list[Tensor], prior_BNXF: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, state_XBNE: States, prior_BNXF: Tensor) -> Tensor:
         """The mixed states [B, N, D]; `state_XBNE` are the experts' at the last token of each state."""
-        share_BNX = self.shares(x_BND, prior_BNXF)
+        share_BNX = self.shares(x_BND, prior_BNXF, at_rest(state_XBNE))
         mixed_BND = share_BNX[..., :1] * x_BND
         for index, (project, state_BNE) in enumerate(zip(self.project, state_XBNE, strict=True), start=1):
+            if state_BNE is None:
+                continue
             if not self.before_head:
                 state_BNE = unit_scale(state_BNE) * scale_of(x_BND)
             mixed_BND = mixed_BND + share_BNX[..., index : index + 1] * project(state_BNE)
@@ -92,16 +117,22 @@ class StitchBridge(nn.Module):
 
 
 class CalmCache:
-    """Keys and values [B, H, S, X, C] of the experts' states so far, at one site."""
+    """Keys and values [B, H, K, W] of the experts' states so far, at one site, and the token each key has seen last.
+
+    Their order does not matter: an expert that comes back adds what it has missed after what others have said since.
+    """
 
     def __init__(self) -> None:
-        self.k_BHSXC: Tensor | None = None
-        self.v_BHSXC: Tensor | None = None
+        self.k_BHKW: Tensor | None = None
+        self.v_BHKW: Tensor | None = None
+        self.end_K: Tensor | None = None
 
-    def append(self, k_BHTXC: Tensor, v_BHTXC: Tensor) -> None:
+    def append(self, k_BHKW: Tensor, v_BHKW: Tensor, end_K: Tensor) -> None:
         """Add those of new tokens."""
-        self.k_BHSXC = k_BHTXC if self.k_BHSXC is None else torch.cat([self.k_BHSXC, k_BHTXC], 2)
-        self.v_BHSXC = v_BHTXC if self.v_BHSXC is None else torch.cat([self.v_BHSXC, v_BHTXC], 2)
+        if self.k_BHKW is not None and self.v_BHKW is not None and self.end_K is not None:
+            k_BHKW, v_BHKW = torch.cat([self.k_BHKW, k_BHKW], 2), torch.cat([self.v_BHKW, v_BHKW], 2)
+            end_K = torch.cat([self.end_K, end_K])
+        self.k_BHKW, self.v_BHKW, self.end_K = k_BHKW, v_BHKW, end_K
 
 
 class CalmBridge(nn.Module):
@@ -130,50 +161,47 @@ class CalmBridge(nn.Module):
         slopes = [STEEPEST * 4.0**-head for head in range(heads - 1)] + [0.0]
         self.register_buffer("slope_H", torch.tensor(slopes), persistent=False)
 
-    def remember(self, state_XBTE: list[Tensor], cache: CalmCache) -> None:
-        """Put the experts' states of new tokens into the cache, whether or not anyone reads at these tokens."""
-        state_BTXD = torch.stack(
-            [project(unit_scale(state)) for project, state in zip(self.project, state_XBTE, strict=True)], 2
+    def remember(self, state_XBTE: States, start: int, cache: CalmCache) -> None:
+        """Put the experts' states of tokens from `start` on into the cache, whether or not anyone reads at them."""
+        given = zip(self.project, state_XBTE, strict=True)
+        state_BTXD = torch.stack([project(unit_scale(state)) for project, state in given if state is not None], 2)
+        tokens, active = state_BTXD.shape[1], [index for index, state in enumerate(state_XBTE) if state is not None]
+        k_BHKC, v_BHKC = (
+            self._heads(projection(state_BTXD.flatten(1, 2))) for projection in (self.k_proj, self.v_proj)
         )
-        k_BHTXC, v_BHTXC = (
-            projection(state_BTXD).unflatten(-1, (self.heads, -1)).permute(0, 3, 1, 2, 4)
-            for projection in (self.k_proj, self.v_proj)
-        )
-        cache.append(k_BHTXC, v_BHTXC)
-
-    def forward(self, x_BND: Tensor, end_N: Tensor, prior_BNXF: Tensor, cache: CalmCache) -> Tensor:
-        """The states [B, N, D] with what they read from the cache added."""
-        assert cache.k_BHSXC is not None and cache.v_BHSXC is not None, "nothing remembered yet"
-        k_BHSXC, v_BHSXC = cache.k_BHSXC, cache.v_BHSXC
-        tokens, experts = k_BHSXC.shape[2:4]
-        q_BHNC = self._heads(self.q_proj(unit_scale(x_BND)))
-        prior_BHNX = self.prior(prior_BNXF).log_softmax(-1)[:, None].expand(-1, self.heads, -1, -1)
         # A prior is a term of the score like any other: a coordinate of the query that only its expert's keys have.
-        name_SX = torch.eye(experts, device=x_BND.device).repeat(tokens, 1)
-        k_BHKC = _with_null(k_BHSXC.flatten(2, 3), self.null_HC[:, None])
-        k_BHKC = torch.cat([k_BHKC, F.pad(name_SX, (0, 0, 1, 0)).expand(*k_BHKC.shape[:2], -1, -1)], -1)
-        v_BHKC = _with_null(v_BHSXC.flatten(2, 3), torch.zeros_like(self.null_HC)[:, None])
-        out_BHNC = F.scaled_dot_product_attention(
-            torch.cat([q_BHNC * q_BHNC.shape[-1] ** -0.5, prior_BHNX], -1),
-            k_BHKC,
-            v_BHKC,
-            attn_mask=self._recency(end_N, tokens, experts),
-            scale=1.0,
-        )
-        read_BND = self.o_proj(out_BHNC.transpose(1, 2).flatten(2))
+        name_KX = torch.eye(len(self.project), device=k_BHKC.device, dtype=k_BHKC.dtype)[active].repeat(tokens, 1)
+        end_K = torch.arange(start, start + tokens, device=k_BHKC.device).repeat_interleave(len(active))
+        if cache.end_K is None:
+            null_BH1C = self.null_HC[:, None].expand(len(k_BHKC), -1, -1, -1).to(k_BHKC.dtype)
+            k_BHKC, v_BHKC = torch.cat([null_BH1C, k_BHKC], 2), F.pad(v_BHKC, (0, 0, 1, 0))
+            name_KX, end_K = F.pad(name_KX, (0, 0, 1, 0)), F.pad(end_K, (1, 0), value=NULL)
+        k_BHKW = torch.cat([k_BHKC, name_KX.expand(*k_BHKC.shape[:2], -1, -1)], -1)
+        # Values are as wide as keys, or there would be no fused kernel.
+        cache.append(k_BHKW, F.pad(v_BHKC, (0, len(self.project))), end_K)
+
+    def forward(
+        self, x_BND: Tensor, end_N: Tensor, prior_BNXF: Tensor, cache: CalmCache, resting: Sequence[int] = ()
+    ) -> Tensor:
+        """The states [B, N, D] with what they read from the cache added; `resting` experts are not read."""
+        assert cache.k_BHKW is not None and cache.v_BHKW is not None and cache.end_K is not None, "nothing remembered"
+        q_BHNC = self._heads(self.q_proj(unit_scale(x_BND)))
+        prior_BNX = without(without(self.prior(prior_BNXF), resting).log_softmax(-1), resting)
+        prior_BHNX = prior_BNX[:, None].expand(-1, self.heads, -1, -1)
+        q_BHNW = torch.cat([q_BHNC * q_BHNC.shape[-1] ** -0.5, prior_BHNX], -1)
+        parts = [  # or there would be a bias for all readers and all keys
+            F.scaled_dot_product_attention(
+                q, cache.k_BHKW, cache.v_BHKW, attn_mask=self._recency(end, cache.end_K)[None], scale=1.0
+            )
+            for q, end in zip(q_BHNW.split(READERS, 2), end_N.split(READERS), strict=True)
+        ]
+        read_BND = self.o_proj(torch.cat(parts, 2)[..., : q_BHNC.shape[-1]].transpose(1, 2).flatten(2))
         return x_BND + self.open * scale_of(x_BND) * read_BND
 
     def _heads(self, x_BND: Tensor) -> Tensor:
         return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _recency(self, end_N: Tensor, tokens: int, experts: int) -> Tensor:
-        """Bias [H, N, 1 + S X] by distance, minus infinity after the reader's end. The null key comes first."""
-        key_end_S = torch.arange(tokens, device=end_N.device)
-        distance_NS = (end_N[:, None] - key_end_S).float()
-        bias_HNS = -self.slope_H[:, None, None] * distance_NS
-        bias_HNS = bias_HNS.masked_fill(distance_NS < 0, float("-inf"))
-        return F.pad(bias_HNS.repeat_interleave(experts, -1), (1, 0))
-
-
-def _with_null(x_BHKC: Tensor, null_H1C: Tensor) -> Tensor:
-    return torch.cat([null_H1C.expand(len(x_BHKC), -1, -1, -1).to(x_BHKC.dtype), x_BHKC], 2)
+    def _recency(self, end_N: Tensor, end_K: Tensor) -> Tensor:
+        """Bias [H, N, K] by distance, minus infinity after the reader's end; the null key is at no distance."""
+        distance_NK = (end_N[:, None] - end_K).float().masked_fill(end_K == NULL, 0.0)
+        return (-self.slope_H[:, None, None] * distance_NK).masked_fill(distance_NK < 0, float("-inf"))

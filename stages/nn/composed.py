@@ -1,18 +1,15 @@
 """The composed model: central model, bridges and frozen experts in one forward pass.
 
-Shape letters: B batch, N states that read, T new tokens, D central width, E expert width, X experts, F priors per
-expert.
+Shape letters: B batch, N states that read, T new tokens, D central width, X experts, F priors per expert.
 
 - only the central model and the bridges are trained and saved; experts are given, never changed
-- every expert runs on every token, and what its states may say at a token depends on tokens up to it only
-- evidence: the log-likelihood each expert gave the tokens so far, fading, is a prior for the bridges. Without fading
-  it is the Bayes posterior of Branch-Train-Merge; text that changes its domain needs the fading
+- every expert runs on every token, unless it is said which are active (see `stages.nn.choice`)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +17,6 @@ from torch import Tensor, nn
 from schemas.compose_model import BridgeConfig, CentralConfig
 from schemas.decoder import DecoderConfig
 from schemas.train_gates import GateMode
-from stages.nn.attention import StackCache
 from stages.nn.bridges import CalmBridge, CalmCache, StitchBridge
 from stages.nn.central import (
     HEAD_SITE,
@@ -33,11 +29,9 @@ from stages.nn.central import (
     losses_of,
     token_site,
 )
-from stages.nn.decoder import Decoder, token_log_probs
-from stages.nn.fading import fading_sums
+from stages.nn.decoder import Decoder
+from stages.nn.experts import Experts, ExpertsCache, ExpertStates
 from stages.nn.gates import ExpertGates, SeedGate
-
-FADING = (0.8, 0.95, 0.99)  # what is left of the evidence of the token before
 
 
 class Gate(Protocol):
@@ -51,35 +45,14 @@ class Gate(Protocol):
 
 
 @dataclass
-class EvidenceCache:
-    """Evidence up to the last token, and the experts' states there, which predict the next."""
-
-    evidence_BXF: Tensor | None = None
-    last_XBE: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
 class ComposedCache:
     """What a composed model keeps between chunks."""
 
     central: CentralCache
-    experts: list[StackCache]
+    experts: ExpertsCache
     gate: Any
     bridges: dict[str, CalmCache]
-    evidence: EvidenceCache
-
-
-@dataclass
-class ExpertStates:
-    """What the experts made of the new tokens; the first of them has index `start`."""
-
-    start: int
-    state_XLBTE: list[list[Tensor]]  # per expert: embeddings, then every layer's output, the last one normed
-    prior_BTXF: Tensor
-
-    def at_depth(self, depth: float) -> list[Tensor]:
-        """States [B, T, E] of each expert after that share of its layers."""
-        return [states[round(depth * (len(states) - 1))] for states in self.state_XLBTE]
+    prior_BXF: Tensor | None = None  # at the last token
 
 
 class Bridges(nn.Module):
@@ -101,7 +74,9 @@ class Bridges(nn.Module):
         """Put the experts' states where attention finds them: also those of tokens that complete no group."""
         for site, bridge in self.sites.items():
             if isinstance(bridge, CalmBridge):
-                bridge.remember(experts.at_depth(self.depths[site]), caches.setdefault(site, CalmCache()))
+                cache = caches.setdefault(site, CalmCache())
+                for part in (*experts.late, experts):
+                    bridge.remember(part.at_depth(self.depths[site]), part.start, cache)
 
     def forward(
         self, site: str, x_BND: Tensor, end_N: Tensor, *, experts: ExpertStates, caches: dict[str, CalmCache]
@@ -112,8 +87,9 @@ class Bridges(nn.Module):
         bridge, row_N = self.sites[site], end_N - experts.start
         prior_BNXF = experts.prior_BTXF[:, row_N]
         if isinstance(bridge, CalmBridge):
-            return bridge(x_BND, end_N, prior_BNXF, caches[site])
-        return bridge(x_BND, [state_BTE[:, row_N] for state_BTE in experts.at_depth(self.depths[site])], prior_BNXF)
+            return bridge(x_BND, end_N, prior_BNXF, caches[site], experts.resting())
+        states = experts.at_depth(self.depths[site])
+        return bridge(x_BND, [state if state is None else state[:, row_N] for state in states], prior_BNXF)
 
 
 def site_depths(config: BridgeConfig, central: CentralConfig) -> dict[str, float]:
@@ -143,18 +119,18 @@ class ComposedModel(nn.Module):
         super().__init__()
         self.config = config
         self.central = central
-        self.experts = nn.ModuleList(experts).requires_grad_(False)
+        self.experts = Experts(experts, evidence=config.evidence).requires_grad_(False)
         self.gate = gate
         if isinstance(gate, nn.Module):
             gate.requires_grad_(False)
-        priors = (gate is not None) + len(FADING) * config.evidence
+        priors = (gate is not None) + self.experts.kinds
         widths = [expert.config.hidden_size for expert in experts]
         self.bridges = Bridges(config, central.config, widths, priors)
 
     @property
     def decoders(self) -> list[Decoder]:
         """The experts."""
-        return cast(list[Decoder], list(self.experts))
+        return self.experts.decoders
 
     @classmethod
     def from_weights(
@@ -200,8 +176,7 @@ class ComposedModel(nn.Module):
     def new_cache(self) -> ComposedCache:
         """An empty cache for `forward`."""
         gate = None if self.gate is None else self.gate.new_cache()
-        experts = [expert.new_cache() for expert in self.decoders]
-        return ComposedCache(self.central.new_cache(), experts, gate, {}, EvidenceCache())
+        return ComposedCache(self.central.new_cache(), self.experts.new_cache(), gate, {})
 
     def forward(
         self,
@@ -209,18 +184,20 @@ class ComposedModel(nn.Module):
         cache: ComposedCache | None = None,
         ablate: frozenset[str] = NOTHING,
         *,
+        active: Sequence[int] | None = None,
         last: bool = False,
     ) -> CentralOutput:
         """Logits for the token after each position of `ids_BT`, the tokens after those the cache has seen.
 
-        `last`: for the token after the last position only.
+        `active`: the experts that are read at these tokens, at least one; the others rest. None: all. `last`: for the
+        token after the last position only.
         `ablate`: "latents" and "plan" as in the central model; "bridges" leaves it alone, without experts;
         "experts" gives each expert's states in the place of another's.
         """
         cache = self.new_cache() if cache is None else cache
         if "bridges" in ablate:
             return self.central(ids_BT, cache.central, None, ablate, last=last)
-        experts = self.consult(ids_BT, cache)
+        experts = self.consult(ids_BT, cache, active)
         if "experts" in ablate:
             experts.state_XLBTE = experts.state_XLBTE[1:] + experts.state_XLBTE[:1]
         self.bridges.remember(experts, cache.bridges)
@@ -228,34 +205,14 @@ class ComposedModel(nn.Module):
         return self.central(ids_BT, cache.central, read, ablate, last=last)
 
     @torch.no_grad()
-    def consult(self, ids_BT: Tensor, cache: ComposedCache) -> ExpertStates:
+    def consult(self, ids_BT: Tensor, cache: ComposedCache, active: Sequence[int] | None = None) -> ExpertStates:
         """What the frozen experts, and the gates, make of the tokens after those the cache has seen."""
-        states = [expert.hidden_states(ids_BT, kept) for expert, kept in zip(self.decoders, cache.experts, strict=True)]
-        priors = [ids_BT.new_zeros((*ids_BT.shape, len(states), 0), dtype=torch.float32)]
+        states = self.experts(ids_BT, cache.experts, active)
         if self.gate is not None:
-            priors.append(self.gate(ids_BT, cache.gate)[..., None].float())
-        if self.config.evidence:
-            priors.append(self._evidence(ids_BT, [layers[-1] for layers in states], cache.evidence))
-        return ExpertStates(cache.central.seen, states, torch.cat(priors, -1))
-
-    def _evidence(self, ids_BT: Tensor, final_XBTE: list[Tensor], cache: EvidenceCache) -> Tensor:
-        """Faded sums [B, T, X, F] of the experts' log-likelihoods of the tokens up to each."""
-        likelihoods = []
-        for index, (expert, final_BTE) in enumerate(zip(self.decoders, final_XBTE, strict=True)):
-            if cache.last_XBE:
-                before_BTE = torch.cat([cache.last_XBE[index][:, None], final_BTE[:, :-1]], 1)
-                likelihoods.append(token_log_probs(expert.lm_head(before_BTE), ids_BT))
-            else:  # nothing predicts the first token
-                known_BT = token_log_probs(expert.lm_head(final_BTE[:, :-1]), ids_BT[:, 1:])
-                likelihoods.append(nn.functional.pad(known_BT, (1, 0)))
-        cache.last_XBE = [final_BTE[:, -1] for final_BTE in final_XBTE]
-        likelihood_BTX = torch.stack(likelihoods, -1)
-        likelihood_BTX = likelihood_BTX - likelihood_BTX.mean(-1, keepdim=True)  # only differences count
-        before = [None] * len(FADING) if cache.evidence_BXF is None else cache.evidence_BXF.unbind(-1)
-        sums = (fading_sums(likelihood_BTX, fading, None, old) for fading, old in zip(FADING, before, strict=True))
-        evidence_BTXF = torch.stack(list(sums), -1)
-        cache.evidence_BXF = evidence_BTXF[:, -1]
-        return evidence_BTXF
+            gate_BTXF = self.gate(ids_BT, cache.gate)[..., None].float()
+            states.prior_BTXF = torch.cat([gate_BTXF, states.prior_BTXF], -1)
+        cache.prior_BXF = states.prior_BTXF[:, -1]
+        return states
 
 
 class ComposedLoss(nn.Module):

@@ -8,8 +8,9 @@ from schemas.compose_model import BridgeConfig, CentralConfig, CentralShape
 from schemas.decoder import DecoderConfig
 from stages.nn.attention import RMSNorm
 from stages.nn.central import CentralModel
-from stages.nn.composed import FADING, ComposedLoss, ComposedModel, site_depths
+from stages.nn.composed import ComposedLoss, ComposedModel, site_depths
 from stages.nn.decoder import Decoder, token_log_probs
+from stages.nn.experts import FADING
 from stages.nn.gates import ExpertGates, SeedGate
 
 VOCAB = 29
