@@ -1,0 +1,90 @@
+"""A composed model that asks few of its experts: which, is decided for each text from what is known of it.
+
+Shape letters: B batch, T new tokens, X experts, F priors per expert.
+
+- every `SEGMENT` tokens, from what lies before them: nothing a text says later changes who was asked before
+- the first segment is read by all experts, as nothing is known yet; after it those stay whose prior before the output
+  layer is highest: what the gates said at the last token, and how well each expert predicted the first segment
+- of experts at rest nothing newer than the first segment is known but the gates' word. Where there are gates, what the
+  first segment said fades as evidence does, and an expert that comes in reads all it has missed. Without gates, the
+  first choice stands
+- texts differ in whom they ask, so each is read alone
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.nn.bridges import StitchBridge
+from stages.nn.central import HEAD_SITE
+from stages.nn.composed import ComposedCache, ComposedModel
+from stages.nn.experts import FADING
+
+SEGMENT = 64  # tokens
+
+
+@dataclass
+class ChoiceCache:
+    """What is kept of one text: the model's caches, who is asked, and what the first segment said of all experts."""
+
+    composed: ComposedCache
+    active: Sequence[int] | None = None  # None: all
+    first_BXF: Tensor | None = None
+
+
+class ChosenExperts:
+    """Runs a composed model with `count` experts active per text, of which it counts what they read."""
+
+    def __init__(self, composed: ComposedModel, count: int) -> None:
+        self.composed = composed
+        self.count = min(count, len(composed.experts))
+        self.tokens = 0
+        self.tokens_read = 0  # by experts, with what those that came in had missed
+
+    def new_cache(self) -> ChoiceCache:
+        """An empty cache, of one text."""
+        return ChoiceCache(self.composed.new_cache())
+
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        """Logits [B, T, V] for the token after each position of whole texts."""
+        return torch.cat([self.read(ids_1T, self.new_cache()) for ids_1T in ids_BT.split(1)])
+
+    def read(self, ids_1T: Tensor, cache: ChoiceCache, *, last: bool = False) -> Tensor:
+        """Logits [1, T, V] for the token after each of further tokens of one text; `last`: after the last only."""
+        experts, logits = cache.composed.experts, []
+        before = experts.tokens_read
+        while ids_1T.shape[1]:
+            within = experts.seen % SEGMENT
+            if experts.seen and not within:
+                cache.active = self._choose(cache)
+            piece_1T, ids_1T = ids_1T[:, : SEGMENT - within], ids_1T[:, SEGMENT - within :]
+            out = self.composed(piece_1T, cache.composed, active=cache.active, last=last)
+            logits = [out.logits_BTV] if last else [*logits, out.logits_BTV]
+            self.tokens += piece_1T.shape[1]
+        self.tokens_read += experts.tokens_read - before
+        return torch.cat(logits, 1)
+
+    @property
+    def read_per_token(self) -> float:
+        """Tokens that experts read for one of the texts."""
+        return self.tokens_read / max(1, self.tokens)
+
+    def _choose(self, cache: ChoiceCache) -> list[int]:
+        """The experts of the segment that begins."""
+        now_BXF = cache.composed.prior_BXF
+        assert now_BXF is not None
+        if cache.first_BXF is None:
+            cache.first_BXF = now_BXF
+        prior_BXF = cache.first_BXF.clone()
+        if self.composed.gate is not None:
+            kinds = self.composed.experts.kinds
+            since = cache.composed.experts.seen - SEGMENT
+            fading_F = prior_BXF.new_tensor([1.0, *FADING][: 1 + kinds])
+            prior_BXF = torch.cat([now_BXF[..., :1], prior_BXF[..., 1:]], -1) * fading_F**since
+        head = self.composed.bridges.sites[HEAD_SITE]
+        assert isinstance(head, StitchBridge)
+        with torch.no_grad():
+            score_X = head.prior(prior_BXF[:, None])[0, 0]
+        return sorted(score_X.topk(self.count).indices.tolist())
