@@ -68,6 +68,12 @@ class ComposeConfig(CentralAloneConfig):
             raise ValueError(f"{name!r} must be `central` or `central-<word>`, and not {CentralAloneManifest.folder!r}")
         return name
 
+    def label(self, folder: str) -> str:
+        """What a table calls the composition in `folder`, named where that tells more than the kind of bridge."""
+        kind = self.bridges.bridge
+        label = f"composed {kind}" + (" of seed copies" if self.experts == "seed-copies" else "")
+        return label + ("" if folder in ("central", f"central-{kind}") else f" ({folder})")
+
     def alone(self) -> CentralAloneConfig:
         """The part that does not depend on experts."""
         return CentralAloneConfig(central=self.central, training=self.training)

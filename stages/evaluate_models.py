@@ -29,9 +29,10 @@ from stages.artifacts.run_models import RunModels, expert_folder, routing_tensor
 from stages.artifacts.stage_folder import claim_folder
 from stages.clustering.routing import Router
 from stages.data.token_store import TokenStore, read_table
-from stages.data.windows import Windows, choose_documents
+from stages.data.windows import Windows, choose_windows
 from stages.nn.central import CentralModel
 from stages.nn.composed import ComposedModel
+from stages.nn.composed_costs import ComposedCosts
 from stages.nn.decoder import Decoder, token_log_probs
 from stages.nn.ensembles import ensembles
 from stages.nn.flops import BACKWARD_AND_FORWARD, DecoderCosts, forward_flops
@@ -87,12 +88,11 @@ class Evaluation:
         self.shape = models.decoder("seed")[0]
         self.length = length = models.window_length(self.shape)
         store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("valid")])
-        documents = choose_documents(store, config.tokens)
-        few = choose_documents(store, min(config.tokens, config.usage_tokens))
-        others = choose_documents(store, config.fit_tokens, documents) if config.fit_temperature else []
-        self.windows, self.usage_windows, self.fit_windows = (
-            Windows(store, chosen, tokens.metrics.end_of_text, length) for chosen in (documents, few, others)
+        others = config.fit_tokens if config.fit_temperature else 0
+        self.windows, self.usage_windows, self.fit_windows = choose_windows(
+            store, tokens.metrics.end_of_text, length, config.tokens, config.usage_tokens, others
         )
+        documents = self.windows.documents
         assigned = np.asarray(read_table(clusters.output("assignments-valid.arrow").check(run_dir))["cluster"])
         sources, starts = [store.sources[document] for document in documents], self.windows.starts
         labels = [f"cluster {assigned[document]:03d}" for document in documents]
@@ -246,21 +246,18 @@ class Evaluation:
     def _add_composition(self, name: str, central_training: float) -> None:
         manifest = self.models.compositions[name]
         composed = ComposedModel.from_parts(**self.models.composition(name))
-        flops = forward_flops(lambda ids: composed(ids), self.length)
-        frozen = forward_flops(lambda ids: composed.consult(ids, composed.new_cache()), self.length)
+        costs = ComposedCosts(composed, self.length)
         composed.to(device())
-        tokens = manifest.metrics.training.tokens
-        training = tokens * (frozen + BACKWARD_AND_FORWARD * (flops - frozen)) + central_training
+        training = costs.training(manifest.metrics.training.tokens) + central_training
         if manifest.config.gates != "none" and self.models.gates:
             training += self.costs.gate_training(self.models.gates.metrics, manifest.config.gates)
         copies = manifest.config.experts == "seed-copies"
         training += self.costs.seed if copies else self.costs.experts
         count = len(self.models.experts)
         size = manifest.metrics.parameters + self.costs.weights(count, 0 if copies else count)
-        label = f"composed {manifest.config.bridges.bridge}" + (" of seed copies" if copies else "")
-        label += "" if name in ("central", f"central-{manifest.config.bridges.bridge}") else f" ({name})"
+        label = manifest.config.label(name)
         scores = self.score(lambda ids: composed(ids).logits_BTV, label)
-        self.table.add(label, "control" if copies else "composed", scores, size, size, training, flops)
+        self.table.add(label, "control" if copies else "composed", scores, size, size, training, costs.forward)
         self._add_usage(label, composed, ("bridges", "experts", "latents", "plan"))
 
     def _add_usage(self, label: str, model: torch.nn.Module, parts: tuple[str, ...]) -> None:

@@ -108,6 +108,20 @@ class Windows:
         return WindowBatch(torch.from_numpy(ids), torch.from_numpy(targets), real, np.concatenate(place))
 
 
+def choose_windows(
+    store: TokenStore, end_of_text: int, length: int, scored: int, again: int, others: int
+) -> tuple[Windows, Windows, Windows]:
+    """Windows of so many tokens, at most: to score, of the same to score once more, and of documents not scored.
+
+    Raises UsageFailure as `choose_documents` does; `others` may be 0.
+    """
+    documents = choose_documents(store, scored)
+    few = choose_documents(store, min(scored, again))
+    rest = choose_documents(store, others, documents) if others else []
+    found = (Windows(store, chosen, end_of_text, length) for chosen in (documents, few, rest))
+    return next(found), next(found), next(found)
+
+
 def choose_documents(store: TokenStore, tokens: int, excluded: Sequence[int] = ()) -> list[int]:
     """Whole documents of at most `tokens` tokens together, every source getting the same share where it has so much.
 

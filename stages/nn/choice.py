@@ -53,8 +53,8 @@ class ChosenExperts:
 
     def read(self, ids_1T: Tensor, cache: ChoiceCache, *, last: bool = False) -> Tensor:
         """Logits [1, T, V] for the token after each of further tokens of one text; `last`: after the last only."""
-        experts, logits = cache.composed.experts, []
-        before = experts.tokens_read
+        experts, before = cache.composed.experts, cache.composed.experts.tokens_read
+        logits: list[Tensor] = []
         while ids_1T.shape[1]:
             within = experts.seen % SEGMENT
             if experts.seen and not within:

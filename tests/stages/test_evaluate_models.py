@@ -12,6 +12,7 @@ from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsConfig
 from stages import evaluate_models, train_experts
 from stages.artifacts.run_models import RunModels
+from stages.data import windows
 from stages.data.token_store import TokenStore, read_table
 from stages.data.windows import choose_documents
 from stages.nn.decoder import Decoder
@@ -288,7 +289,7 @@ def fitted_run(expert_run, tmp_path_factory, evaluation):
     """An evaluation that fits the routing, of a run with nothing but experts, and the documents it fitted on."""
     run_dir = shutil.copytree(expert_run, tmp_path_factory.mktemp("runs") / "fitted")
     config = evaluation.model_copy(update={"tokens": 600, "fit_temperature": True, "fit_tokens": 500})
-    given, real = {}, evaluate_models.Windows
+    given, real = {}, windows.Windows
 
     class Recorded(real):
         def __init__(self, store, documents, *rest):
@@ -296,7 +297,7 @@ def fitted_run(expert_run, tmp_path_factory, evaluation):
             given[len(given)] = sorted(documents)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_models, "Windows", Recorded)
+        patch.setattr(windows, "Windows", Recorded)
         metrics = evaluate_models.run(config, run_dir).metrics
     return run_dir, config, metrics, given[0], given[2]
 
