@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from schemas.manifest import Manifest
 from schemas.strict import Config, Strict, runtime_setting
@@ -26,6 +26,10 @@ class EvaluateConfig(Config):
     inspected_top_k: int = Field(
         2, gt=0, description="Experts that gates may ask for a token where the report looks inside them."
     )
+    active_experts: tuple[int, ...] = Field(
+        (2,),
+        description="Numbers of experts that compositions ask, chosen per text by what is known of it; a row each.",
+    )
     forgetting: float = Field(
         0.9, gt=0, le=1, description="Factor per token by which the forgetting Bayes posterior trusts older evidence."
     )
@@ -34,6 +38,13 @@ class EvaluateConfig(Config):
     )
     fit_tokens: int = Field(20_000, gt=0, description="Tokens, at most, of the documents they are fitted on.")
     score_batch_size: int = runtime_setting(16, "Windows scored at a time.", gt=0)
+
+    @field_validator("active_experts")
+    @classmethod
+    def _somebody(cls, counts: tuple[int, ...]) -> tuple[int, ...]:
+        if min(counts, default=1) < 1:
+            raise ValueError(f"a composition asks at least one expert, not {min(counts)}")
+        return counts
 
     def counts(self, experts: int) -> list[int | None]:
         """The numbers of experts to mix, of so many; None stands for all."""

@@ -25,6 +25,11 @@ class GenerateConfig(Config):
     sample_top_k: int | None = Field(None, gt=0, description="Draw from the k likeliest tokens only.")
     sample_top_p: float = Field(0.95, gt=0, le=1, description="Draw from the likeliest tokens of so much mass only.")
     experts: int = Field(2, gt=0, description="Experts that cbtm mixes for a token.")
+    active_experts: int | None = Field(
+        None,
+        gt=0,
+        description="Experts a composed model asks, at most, chosen every 64 tokens by the text so far; default: all.",
+    )
     routing_temperature: float | None = Field(
         None, gt=0, description="How sharply cbtm chooses experts; default: the clusters' temperature."
     )

@@ -31,6 +31,7 @@ from stages.clustering.routing import Router
 from stages.data.token_store import TokenStore, read_table
 from stages.data.windows import Windows, choose_windows
 from stages.nn.central import CentralModel
+from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
 from stages.nn.composed_costs import ComposedCosts
 from stages.nn.decoder import Decoder, token_log_probs
@@ -114,10 +115,10 @@ class Evaluation:
             models.experts[0].config.lora,
         )
 
-    def score(self, forward: Forward, label: str, windows: Windows | None = None) -> Tensor:
+    def score(self, forward: Forward, label: str, windows: Windows | None = None, size: int = 0) -> Tensor:
         """Log-probability [N], in nats, that `forward` gives to every token of `windows` (all that are scored)."""
         windows = windows or self.windows
-        size, place = self.config.score_batch_size, device()
+        size, place = size or self.config.score_batch_size, device()
         found = windows.collect(
             lambda ids, targets: token_log_probs(forward(ids), targets), size, f"score {label}", place
         )
@@ -233,10 +234,9 @@ class Evaluation:
             central = CentralModel.from_weights(shape, weights).eval().requires_grad_(False)
             flops = forward_flops(central, self.length)
             central.to(device())
-            tokens = self.models.central.metrics.training.tokens
+            size, tokens = self.models.central.metrics.parameters, self.models.central.metrics.training.tokens
             central_training = BACKWARD_AND_FORWARD * flops * tokens
             begun = self.costs.seed if shape.start_from_seed else 0.0
-            size = self.models.central.metrics.parameters
             scores = self.score(lambda ids: central(ids).logits_BTV, "central alone")
             self.table.add("central alone", "central", scores, size, size, central_training + begun, flops)
             self._add_usage("central alone", central, ("latents", "plan"))
@@ -259,6 +259,12 @@ class Evaluation:
         scores = self.score(lambda ids: composed(ids).logits_BTV, label)
         self.table.add(label, "control" if copies else "composed", scores, size, size, training, costs.forward)
         self._add_usage(label, composed, ("bridges", "experts", "latents", "plan"))
+        for few in (few for few in self.config.active_experts if few < count and not copies):
+            chosen, row = ChosenExperts(composed, few), f"{label}, top-{few} per text"
+            scores = self.score(chosen.logits, row, size=1)  # texts alone, so that nothing counted is padding
+            read = chosen.read_per_token
+            active = manifest.metrics.parameters + self.costs.weights(read, read)
+            self.table.add(row, "composed", scores, size, active, training, costs.with_few(read))
 
     def _add_usage(self, label: str, model: torch.nn.Module, parts: tuple[str, ...]) -> None:
         windows = self.usage_windows

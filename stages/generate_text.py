@@ -31,6 +31,7 @@ from stages.clustering.features import normalised
 from stages.clustering.routing import cluster_weights, prefix_sums
 from stages.data.pieces import decoded, has_stopped, until_stop
 from stages.data.prompts import read_prompts
+from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
 from stages.nn.decoding import PackedDecoder, TextBatch, begin_text, packable
@@ -165,6 +166,8 @@ def _write_side_by_side(prompts: list[str], book: Book, decoder: PackedDecoder) 
 def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
     """The model `config.model` names. Raises UsageFailure."""
     name = config.model
+    if config.active_experts and name not in models.compositions:
+        raise UsageFailure(f"--active-experts is for composed models, and {name} is none here: leave it out")
     if name == "seed" or (name == "dense" and models.dense):
         return DecoderReader(partial(_decoder, models, name))
     number = name.removeprefix("expert:")
@@ -173,7 +176,8 @@ def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
     if name == "cbtm":
         return ClusterMixReader(config, run_dir, models)
     if name in models.compositions:
-        return ComposedReader(ComposedModel.from_parts(**models.composition(name)).to(device()))
+        composed = ComposedModel.from_parts(**models.composition(name)).to(device())
+        return ComposedReader(ChosenExperts(composed, config.active_experts or len(composed.experts)))
     dense = ["dense"] if models.dense else []
     there = ["seed", *dense, f"expert:0 to expert:{len(models.experts) - 1}", "cbtm", *models.compositions]
     more = "" if models.compositions else f"; `cpipe compose {run_dir}` makes central"
@@ -273,7 +277,7 @@ class ClusterMixReader:
 class ComposedReader:
     """A composed model with all its caches."""
 
-    def __init__(self, model: ComposedModel) -> None:
+    def __init__(self, model: ChosenExperts) -> None:
         self._model = model
         self._pending: list[int] = []
         self._cache = model.new_cache()
@@ -282,7 +286,7 @@ class ComposedReader:
     def read(self, ids: list[int]) -> Tensor:
         """See Reader."""
         unread, self._pending = [*self._pending, *ids], []
-        return self._model(_batch(unread), self._cache, last=True).logits_BTV[0, -1].log_softmax(-1)
+        return self._model.read(_batch(unread), self._cache, last=True)[0, -1].log_softmax(-1)
 
     def restart(self, skipped: list[int], kept: list[int]) -> None:
         """See Reader."""

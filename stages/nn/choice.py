@@ -57,9 +57,11 @@ class ChosenExperts:
         logits: list[Tensor] = []
         while ids_1T.shape[1]:
             within = experts.seen % SEGMENT
-            if experts.seen and not within:
-                cache.active = self._choose(cache)
             piece_1T, ids_1T = ids_1T[:, : SEGMENT - within], ids_1T[:, SEGMENT - within :]
+            if self.count == len(self.composed.experts):  # nothing to choose
+                piece_1T, ids_1T = torch.cat([piece_1T, ids_1T], 1), ids_1T[:, :0]
+            elif experts.seen and not within:
+                cache.active = self._choose(cache)
             out = self.composed(piece_1T, cache.composed, active=cache.active, last=last)
             logits = [out.logits_BTV] if last else [*logits, out.logits_BTV]
             self.tokens += piece_1T.shape[1]

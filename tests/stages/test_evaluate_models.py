@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.evaluate_models import EvaluateManifest
+from schemas.evaluate_models import EvaluateConfig, EvaluateManifest
 from schemas.failures import UsageFailure
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsConfig
@@ -65,7 +65,8 @@ def test_every_model_of_the_run_has_a_row(rows):
     assert set(rows) == gates | {
         "seed", "dense", "weight average", best, "oracle expert per document", "uniform ensemble", "cBTM top-1",
         "cBTM top-2", "cBTM all", "Bayes posterior", "forgetting posterior", "central alone", "composed stitch",
-        "composed calm", "composed stitch of seed copies (central-control)",
+        "composed calm", "composed stitch of seed copies (central-control)", "composed stitch, top-2 per text",
+        "composed calm, top-2 per text",
     }  # fmt: skip
     groups = {row.group for row in rows.values()}
     assert groups == {"single", "ensemble", "gates", "central", "composed", "control"}
@@ -171,13 +172,45 @@ def test_a_composition_costs_more_than_the_central_model_alone(rows):
     assert rows["composed stitch"].training_flops > rows["gates joint all"].training_flops + alone.training_flops * 0.4
 
 
+def test_where_all_is_read_before_there_is_a_choice_few_experts_are_all(rows):
+    """The windows here are shorter than the segment that all experts read."""
+    for kind in ("stitch", "calm"):
+        few, every = rows[f"composed {kind}, top-2 per text"], rows[f"composed {kind}"]
+        assert few.bits_per_byte == pytest.approx(every.bits_per_byte, abs=1e-4)
+        assert few.inference_flops == pytest.approx(every.inference_flops)
+        assert (few.parameters, few.training_flops) == (every.parameters, every.training_flops)
+
+
+def test_few_experts_cost_what_they_read(evaluated_run, evaluation, rows, monkeypatch, tmp_path):
+    from stages.nn import choice
+
+    monkeypatch.setattr(choice, "SEGMENT", 8)
+    run_dir = shutil.copytree(evaluated_run, tmp_path / "run")
+    for name in ("central-calm", "central-control"):
+        shutil.rmtree(run_dir / name)
+    asked = evaluation.model_copy(update={"active_experts": (1, 2, 5)})
+    found = {row.model: row for row in evaluate_models.run(asked, run_dir, force=True).metrics.rows}
+    assert "composed stitch, top-5 per text" not in found  # of three experts
+    every, two, one = (found[f"composed stitch{few}"] for few in ("", ", top-2 per text", ", top-1 per text"))
+    assert every == rows["composed stitch"]
+    assert rows["central alone"].inference_flops < one.inference_flops < two.inference_flops < every.inference_flops
+    assert every.parameters == one.parameters > every.active_parameters - one.active_parameters > 0
+    assert one.active_parameters < two.active_parameters < every.active_parameters
+    assert len({one.bits_per_byte, two.bits_per_byte, every.bits_per_byte}) == 3
+
+
+def test_no_composition_asks_nobody():
+    with pytest.raises(ValueError, match="at least one expert, not 0"):
+        EvaluateConfig(active_experts=(2, 0))
+
+
 def test_usage_says_what_every_part_is_worth(metrics, rows):
     parts = {}
     for row in metrics.usage:
         parts.setdefault(row.model, set()).add(row.part)
         exchanged_for_equals = "seed copies" in row.model and row.part == "experts"
         assert (row.difference == 0) == exchanged_for_equals
-    composed = {name for name in rows if name.startswith("composed")}
+    composed = {name for name in rows if name.startswith("composed") and not name.endswith("per text")}
     assert set(parts) == {"central alone", *composed}
     assert parts.pop("central alone") == {"latents", "plan"}
     assert all(found == {"bridges", "experts", "latents", "plan"} for found in parts.values())

@@ -14,6 +14,8 @@ from stages import generate_text
 from stages.artifacts.run_models import RunModels, routing_tensors
 from stages.clustering.features import normalised
 from stages.clustering.routing import cluster_weights, prefix_sums
+from stages.nn import choice
+from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
 from stages.nn.mixture import mean_models_run
@@ -124,6 +126,27 @@ def test_caches_change_nothing(full_run, tokenizer, end, model, prompt):
     assert count > 8
     expected = greedy(forward_of(full_run, model), given, count, end)
     assert text_of(full_run, model, prompt=prompt, max_tokens=count, temperature=0) == whole(tokenizer, expected)
+
+
+@pytest.mark.parametrize("model", ["central", "central-calm"])
+@pytest.mark.parametrize("prompt", ["whisk the", "whereas the party shall hereby"])
+def test_few_experts_of_a_composition_write_what_they_write_without_caches(
+    full_run, tokenizer, end, monkeypatch, model, prompt
+):
+    monkeypatch.setattr(choice, "SEGMENT", 3)
+    chosen = ChosenExperts(ComposedModel.from_parts(**RunModels.find(full_run).composition(model)), 1)
+    given = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    count = LIMIT - len(given)
+    expected = greedy(chosen.logits, given, count, end)
+    written = text_of(full_run, model, prompt=prompt, max_tokens=count, temperature=0, active_experts=1)
+    assert written == whole(tokenizer, expected)
+    assert chosen.read_per_token < 2  # of three
+
+
+@pytest.mark.parametrize("model", ["seed", "cbtm", "expert:0"])
+def test_active_experts_of_what_is_no_composition_are_refused(full_run, model):
+    with pytest.raises(UsageFailure, match=f"composed models, and {model} is none here: leave it out"):
+        text_of(full_run, model, active_experts=2)
 
 
 def whole(tokenizer, ids):
