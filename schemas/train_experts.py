@@ -1,9 +1,11 @@
 """Settings and manifests of train-experts."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from schemas.failures import UsageFailure
 from schemas.manifest import Manifest
 from schemas.strict import Config, Strict, runtime_setting
 from schemas.training import TrainingConfig, TrainingMetrics
@@ -68,6 +70,21 @@ class ExpertsConfig(Config):
         if self.kind == "full" and self.lora != LoraConfig():
             raise ValueError("rank, alpha and targets are settings of --kind lora, and the kind is full")
         return self
+
+    def members(self, clusters: int) -> Iterator[tuple[str, "ExpertConfig"]]:
+        """The folder and the settings of every member. Raises UsageFailure where the batch does not divide."""
+        whole = self.training
+        if whole.batch_size % clusters:
+            raise UsageFailure(
+                f"a batch of {whole.batch_size} rows does not divide among {clusters} experts: "
+                f"use --batch-size {max(1, round(whole.batch_size / clusters)) * clusters}"
+            )
+        share = whole.model_copy(update={"batch_size": whole.batch_size // clusters})
+        lora = self.lora if self.kind == "lora" else None
+        for cluster in range(clusters):
+            yield f"experts/{cluster:03d}", ExpertConfig(cluster=cluster, lora=lora, training=share)
+        if self.dense:
+            yield "dense", ExpertConfig(cluster=None, lora=None, training=whole)
 
 
 class ExpertConfig(Config):

@@ -10,7 +10,7 @@
   on a machine that has only them, and ends with the same weights
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -49,7 +49,7 @@ Upstream = tuple[TokenizeManifest, ClusterManifest, SeedManifest]
 def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> ExpertsManifest | ExpertManifest:
     """Train all members that are missing, or the one `config.expert` names."""
     upstream = TokenizeManifest.read(run_dir), ClusterManifest.read(run_dir), SeedManifest.read(run_dir)
-    members = dict(_members(config, upstream[1].config.clusters))
+    members = dict(config.members(upstream[1].config.clusters))
     if config.expert is not None:
         folder = config.expert if config.expert == "dense" else f"experts/{int(config.expert):03d}"
         if folder not in members:
@@ -63,21 +63,6 @@ def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> Experts
     trained = train_members(trainings, min(members_at_once(config.parallel), len(members)))
     finished = {folder: trained.get(folder) or ExpertManifest.read(run_dir, folder) for folder in members}
     return _finish(config, run_dir, finished)
-
-
-def _members(config: ExpertsConfig, clusters: int) -> Iterator[tuple[str, ExpertConfig]]:
-    whole = config.training
-    if whole.batch_size % clusters:
-        raise UsageFailure(
-            f"a batch of {whole.batch_size} rows does not divide among {clusters} experts: "
-            f"use --batch-size {max(1, round(whole.batch_size / clusters)) * clusters}"
-        )
-    share = whole.model_copy(update={"batch_size": whole.batch_size // clusters})
-    lora = config.lora if config.kind == "lora" else None
-    for cluster in range(clusters):
-        yield f"experts/{cluster:03d}", ExpertConfig(cluster=cluster, lora=lora, training=share)
-    if config.dense:
-        yield "dense", ExpertConfig(cluster=None, lora=None, training=whole)
 
 
 def _is_finished(folder: str, config: ExpertConfig, run_dir: Path, upstream: Upstream) -> bool:
