@@ -5,16 +5,18 @@
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cpipe.housekeeping import AsJson, Run, SettingsFile, add_commands
-from cpipe.pipeline import BY_COMMAND, EXCHANGE, PIPELINE, STAGES, TABLES, Stage, part_of_pipeline
+from cpipe.pipeline import EXCHANGE, PIPELINE, STAGES, TABLES, Stage, part_of_pipeline
 
 if TYPE_CHECKING:
     from schemas.manifest import Manifest
+    from schemas.strict import Config
 
 Force = Annotated[bool, typer.Option("--force", help="Do it again although it is finished.")]
 ForceStale = Annotated[bool, typer.Option("--force", help="Repeat stages finished with other settings or inputs.")]
@@ -22,8 +24,6 @@ Inputs = Annotated[list[str] | None, typer.Argument(help="Text, as for `cpipe to
 Start = Annotated[str | None, typer.Option("--from", help="First stage to run; those before are taken as they are.")]
 Until = Annotated[str | None, typer.Option(help="Last stage to run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why, and touch nothing.")]
-
-Tables = dict[str, list[dict[str, Any]]]  # of the settings file, by command
 
 GENERATE_HELP = "Continue a prompt with one of the run's models."
 ROUTE_HELP = "Show which experts the gates ask for each token of a text, and why."
@@ -138,72 +138,45 @@ def run(
     With --force also those that were finished with other settings or inputs.
     """
     from cpipe.console import session
-    from cpipe.settings import read_settings
+    from cpipe.settings import asked_for
     from cpipe.show import show_manifest
 
     with session(run, "run", log=not dry_run):
-        commands, tables = part_of_pipeline(start, until), read_settings(run, settings, TABLES)
+        asked = asked_for(run, settings, part_of_pipeline(start, until), inputs or [])
         if dry_run:
-            from cpipe.forecast import forecast, show_forecast
+            from cpipe.forecast import show_forecast
+            from schemas.progress import find_progress
 
-            show_forecast(forecast(run, tables, commands, inputs or []), run, force=force, as_json=as_json)
+            steps = find_progress([(stage.command, config) for stage, config in asked], run)
+            show_forecast(steps, run, force=force, as_json=as_json)
             return
-        manifest = _run_all(run, inputs or [], commands, tables, force)
+        manifest = _run_all(run, asked, force)
     show_manifest(manifest, run, as_json=as_json)
 
 
-def _run_all(run: Path, inputs: list[str], commands: tuple[str, ...], tables: Tables, force: bool) -> "Manifest":
+def _run_all(run: Path, asked: Sequence[tuple[Stage, "Config | None"]], force: bool) -> "Manifest":
     """Run these stages; returns the last one's manifest."""
     from loguru import logger
 
-    for command in commands:
-        if command == "train-seed":
-            command = _maker_of_seed(run, tables)
-        stage = BY_COMMAND[command]
-        flags = {"inputs": inputs} if command == "tokenize" and inputs else {}
-        for table in tables.get(command, [{}]):
-            logger.info("{}", command)
-            # What was made of text, or of a model, that is not named now is taken as it is.
-            unnamed = {"tokenize": "inputs", "import": "source"}.get(command)
-            if unnamed and not {**table, **flags}.get(unnamed) and _is_finished(stage, run):
-                manifest = stage.manifest.read(run)
-            else:
-                manifest = _run_unless_up_to_date(stage, run, table, flags, force)
+    for stage, config in asked:
+        logger.info("{}", stage.command)
+        manifest = stage.manifest.read(run) if config is None else _run_unless_up_to_date(stage, run, config, force)
     return manifest
 
 
-def _maker_of_seed(run: Path, tables: dict[str, list[dict[str, Any]]]) -> str:
-    """`import` where the settings have a table for it, or none for training and the seed was imported."""
-    from schemas.failures import UsageFailure
-
-    if "import" in tables and "train-seed" in tables:
-        raise UsageFailure("the settings have [import] and [train-seed], and a run has one seed: leave one of them")
-    stage = BY_COMMAND["train-seed"]
-    imported = _is_finished(stage, run) and stage.manifest.read(run).command == "import"
-    return "import" if "import" in tables or ("train-seed" not in tables and imported) else "train-seed"
-
-
-def _run_unless_up_to_date(
-    stage: Stage, run: Path, table: dict[str, Any], flags: dict[str, Any], force: bool
-) -> "Manifest":
+def _run_unless_up_to_date(stage: Stage, run: Path, config: "Config", force: bool) -> "Manifest":
     """Of a whole pipeline, `--force` repeats what is not as asked for, and nothing else."""
     from loguru import logger
 
     from schemas.failures import StaleFailure
 
     try:
-        return _run_stage(stage, run, table, flags, force=False)
+        return stage.run(config, run, force=False)
     except StaleFailure as failure:
         if not force:
             raise
         logger.info("{}", str(failure).split(": give --force")[0])
-        return _run_stage(stage, run, table, flags, force=True)
-
-
-def _is_finished(stage: Stage, run: Path) -> bool:
-    from schemas.manifest import FILE_NAME
-
-    return (run / stage.manifest.folder / FILE_NAME).is_file()
+        return stage.run(config, run, force=True)
 
 
 def slurm(
@@ -258,16 +231,14 @@ def demo(
     from cpipe.console import session
     from cpipe.demo import PROMPT, SAMPLED, write_settings
     from cpipe.samples import write_samples
-    from cpipe.settings import read_settings
+    from cpipe.settings import asked_for
     from cpipe.show import show_evaluation, show_samples
     from schemas.report_run import ReportConfig
 
     with session(run, "demo"):
         write_settings(run)
-        tables = read_settings(run, None, TABLES)
-        (table, *_) = tables.get("collect", [{}])
-        _run_unless_up_to_date(BY_COMMAND["collect"], run, table, {}, force)
-        manifest = _run_all(run, [str(run / "corpus" / "*.jsonl")], PIPELINE, tables, force)
+        asked = asked_for(run, None, ("collect", *PIPELINE), [str(run / "corpus" / "*.jsonl")])
+        manifest = _run_all(run, asked, force)
         samples = write_samples(run, [PROMPT], SAMPLED)
         from stages.report_run import stream
 

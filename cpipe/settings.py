@@ -6,7 +6,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from schemas.failures import UsageFailure
 from schemas.strict import Config, validated
 
 if TYPE_CHECKING:
+    from cpipe.pipeline import Stage
     from schemas.plan_training import PlanConfig
 
 FILE_NAME = "cpipe.toml"
@@ -84,6 +85,43 @@ def resolve(config_type: type[Config], table: Mapping[str, Any], flags: Mapping[
     return validated(config_type, nested, where)
 
 
+def asked_for(
+    run_dir: Path, file: Path | None, commands: Sequence[str], texts: Sequence[str]
+) -> "list[tuple[Stage, Config | None]]":
+    """The stages of these commands, each with its settings, and once for every table of them. Raises UsageFailure.
+
+    None in place of settings: what it was made of is not named now, and what is finished is taken as it is.
+    """
+    from cpipe.pipeline import BY_COMMAND, TABLES
+    from schemas.progress import is_finished
+
+    tables = read_settings(run_dir, file, TABLES)
+    found = []
+    for command in commands:
+        stage = BY_COMMAND[_maker_of_seed(run_dir, tables) if command == "train-seed" else command]
+        flags = {"inputs": list(texts)} if command == "tokenize" and texts else {}
+        source = {"tokenize": "inputs", "import": "source"}.get(stage.command)
+        for table in tables.get(stage.command, [{}]):
+            if source and not {**table, **flags}.get(source) and is_finished(run_dir, stage.manifest.folder):
+                config = None
+            else:
+                config = resolve(stage.config, table, flags, f"{file or run_dir / FILE_NAME} [{stage.command}]")
+            found.append((stage, config))
+    return found
+
+
+def _maker_of_seed(run_dir: Path, tables: Mapping[str, Any]) -> str:
+    """`import` where the settings have a table for it, or none for training and the seed was imported."""
+    from schemas.progress import is_finished
+    from schemas.train_seed import SeedManifest
+
+    if "import" in tables and "train-seed" in tables:
+        raise UsageFailure("the settings have [import] and [train-seed], and a run has one seed: leave one of them")
+    if "import" in tables or "train-seed" in tables:
+        return "import" if "import" in tables else "train-seed"
+    return SeedManifest.read(run_dir).command if is_finished(run_dir, SeedManifest.folder) else "train-seed"
+
+
 def plan_settings(run_dir: Path, file: Path | None, flags: Mapping[str, Any]) -> "PlanConfig":
     """The settings of all stages that train, as `cpipe run` would give them to each. Raises UsageFailure."""
     from cpipe.pipeline import BY_COMMAND, TABLES
@@ -97,16 +135,12 @@ def plan_settings(run_dir: Path, file: Path | None, flags: Mapping[str, Any]) ->
         ]
         for command in ("tokenize", "cluster", "train-seed", "train-experts", "train-gates", "compose")
     }
-    imported = None
-    if "import" in tables:
-        imported = tables["import"][-1].get("source") or True
-    elif "train-seed" in tables:
-        imported = False
+    imported = _maker_of_seed(run_dir, tables) == "import"
     return validated(
         PlanConfig,
         {
             **flags,
-            "imported": imported,
+            "imported": (tables.get("import", [{}])[-1].get("source") or True) if imported else False,
             "seed": found["train-seed"][-1].model_dump(mode="json"),
             "experts": found["train-experts"][-1].model_dump(mode="json"),
             "gates": found["train-gates"][-1].model_dump(mode="json"),

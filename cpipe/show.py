@@ -14,7 +14,7 @@ from schemas.clean_run import Removed
 from schemas.failures import IntegrityFailure
 from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, Environment, Manifest
-from schemas.report_run import DERIVED
+from schemas.progress import state_of
 from schemas.run_manifests import read_manifest
 from schemas.strict import Strict
 from schemas.submit_jobs import JobRow
@@ -111,15 +111,8 @@ def run_state(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]]) -> li
             manifest = kind.parse(path)  # a seed may have been imported
             found.append(_finished(manifest.command, path, manifest.environment))
         else:
-            members = len(list((run_dir / kind.folder).glob(f"*/{FILE_NAME}")))
-            begun = f"begun ({members} members finished)" if members else "begun"
-            state = begun if _is_begun(run_dir / kind.folder) else "not finished"
-            found.append({"stage": command, "folder": kind.folder, "state": state})
+            found.append({"stage": command, "folder": kind.folder, "state": state_of(run_dir, kind.folder)})
     return [*found, *_other_folders(run_dir, {entry["folder"] for entry in found})]
-
-
-def _is_begun(folder: Path) -> bool:
-    return folder.is_dir() and any(path.name not in DERIVED for path in folder.iterdir())
 
 
 def show_jobs(jobs: Sequence[JobRow], run_dir: Path, *, as_json: bool) -> None:

@@ -7,29 +7,23 @@ import os
 import sys
 from pathlib import Path
 
-from cpipe.pipeline import BY_COMMAND, PIPELINE, TABLES
-from cpipe.settings import FILE_NAME, read_settings, resolve
+from cpipe.pipeline import TABLES, part_of_pipeline
+from cpipe.settings import FILE_NAME, asked_for, read_settings
 from schemas.failures import UsageFailure
-from schemas.strict import validated
+from schemas.strict import Config, validated
 from schemas.submit_jobs import SlurmConfig, SubmitConfig
 
 
 def submission(run_dir: Path, inputs: list[str], until: str | None, file: Path | None, *, submit: bool) -> SubmitConfig:
     """The stages up to `until` as jobs. Raises UsageFailure in one line."""
-    if until is not None and until not in PIPELINE:
-        raise UsageFailure(f"--until {until} is no stage; expected one of {', '.join(PIPELINE)}")
     place = file or run_dir / FILE_NAME
     tables = read_settings(run_dir, file, TABLES)
     (slurm, *more) = tables.get("slurm", [{}])
     if more:
         raise UsageFailure(f"{place}: [slurm] stands {len(more) + 1} times: leave one")
-    stages = {
-        command: tuple(
-            resolve(BY_COMMAND[command].config, table, {}, f"{place} [{command}]")
-            for table in tables.get(command, [{}])
-        )
-        for command in (PIPELINE[: PIPELINE.index(until) + 1] if until else PIPELINE)
-    }
+    stages: dict[str, tuple[Config, ...]] = {}
+    for stage, asked in asked_for(run_dir, file, part_of_pipeline(None, until), inputs):
+        stages[stage.command] = (*stages.get(stage.command, ()), *([asked] if asked else []))
     return SubmitConfig(
         program=_program(),
         inputs=tuple(inputs),

@@ -64,7 +64,8 @@ def _state(run_dir: Path, stages: Sequence[tuple[str, type[Manifest]]]) -> list[
 
 
 def _is_over(found: Sequence[dict[str, Any]], expected: Collection[str]) -> bool:
-    return {entry["stage"] for entry in found if entry["state"] == "finished"} >= set(expected)
+    unfinished = {entry["stage"] for entry in found if entry["state"] != "finished"}
+    return unfinished.isdisjoint(expected)  # a seed may have been imported, which is another stage
 
 
 def _last_step(folder: Path) -> int | None:

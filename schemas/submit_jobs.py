@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny
 
 from schemas.strict import Config, Strict
 
-Command = Literal["tokenize", "cluster", "train-seed", "train-experts", "train-gates", "compose", "evaluate"]
+Command = Literal["tokenize", "cluster", "train-seed", "import", "train-experts", "train-gates", "compose", "evaluate"]
 FOLDER = "slurm"  # in the run
 RECORD = "jobs.json"
 
@@ -88,7 +88,9 @@ class SlurmConfig(Resources):
     tokenize: ArrayResources = Field(ArrayResources(), description="Of the jobs that tokenize.")
     join: Resources = Field(Resources(), description="Of the short jobs that join what arrays have made.")
     cluster: Resources = Field(Resources(), description="Of the clustering.")
-    train_seed: TrainingResources = Field(TrainingResources(), alias="train-seed", description="Of the seed.")
+    train_seed: TrainingResources = Field(
+        TrainingResources(), alias="train-seed", description="Of the seed, trained or imported."
+    )
     train_experts: JobResources = Field(JobResources(), alias="train-experts", description="Of each expert.")
     train_dense: TrainingResources = Field(
         TrainingResources(), alias="train-dense", description="Of the dense baseline; over the table of the experts."
@@ -112,7 +114,7 @@ class SubmitConfig(Config):
     inputs: tuple[str, ...] = Field((), description="Text, as for tokenize; none: as the settings say.")
     settings_file: str | None = Field(None, description="Settings file that the commands are given.")
     stages: dict[Command, tuple[SerializeAsAny[Config], ...]] = Field(
-        description="The stages to run, in order, each with the settings it would run with."
+        description="The stages to run, in order, each with the settings it would run with; none: taken as it is."
     )
     slurm: SlurmConfig = Field(SlurmConfig(), description="What the jobs ask for.")
     submit: bool = Field(False, description="Submit what is missing; else only write the scripts.")

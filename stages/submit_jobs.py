@@ -20,20 +20,22 @@ from schemas.cluster_documents import ClusterConfig
 from schemas.failures import Failure, IntegrityFailure, UsageFailure
 from schemas.files import write_bytes
 from schemas.manifest import FILE_NAME
+from schemas.progress import find_progress, is_finished
 from schemas.strict import Config, explain
-from schemas.submit_jobs import FOLDER, RECORD, Command, JobRecord, JobRow, JobsRecord, SubmitConfig
+from schemas.submit_jobs import FOLDER, RECORD, JobRecord, JobRow, JobsRecord, SubmitConfig
 from schemas.tokenize_text import ShareManifest, TokenizeConfig, TokenizeManifest
 from schemas.train_experts import ExpertsConfig, ExpertsManifest
 from stages.artifacts.locks import turn_by_turn
-from stages.artifacts.progress import Todo, find_todo
 from stages.scheduling import job_queue
 from stages.scheduling.scripts import TASK, Job, Shell, array, job_name, ranges, render
+from stages.scheduling.todo import Todo, find_todo
 
-AFTER: dict[Command, tuple[str, ...]] = {
+AFTER: dict[str, tuple[str, ...]] = {
     "tokenize": (),
     "cluster": ("tokenize",),
     "train-seed": ("tokenize",),
-    "train-experts": ("cluster", "train-seed"),
+    "import": ("tokenize",),  # in its place
+    "train-experts": ("cluster", "train-seed", "import"),
     "train-gates": ("train-experts",),
     "compose": ("train-gates",),
     "evaluate": ("compose",),
@@ -46,7 +48,7 @@ def run(config: SubmitConfig, run_dir: Path, *, force: bool = False) -> list[Job
     force: also repeat stages that are finished with other settings or inputs; else they raise StaleFailure
     """
     with turn_by_turn(run_dir, FOLDER):
-        todo = find_todo(_compared(config, run_dir), AFTER, run_dir, force=force)
+        todo = find_todo(find_progress(_asked(config, run_dir), run_dir), AFTER, run_dir, force=force)
         jobs = list(_jobs(config, run_dir, todo))
         _refuse_large_arrays(jobs, config)
         _refuse_names(jobs, config, run_dir)
@@ -58,15 +60,15 @@ def run(config: SubmitConfig, run_dir: Path, *, force: bool = False) -> list[Job
         return [_row(name, tasks, None, "to submit" if tasks else "finished") for name, tasks in missing.items()]
 
 
-def _compared(config: SubmitConfig, run_dir: Path) -> dict[Command, tuple[Config, ...]]:
-    """The stages whose settings count: tokens are taken as they are where no text is named."""
-    stages = dict(config.stages)
-    texts = config.inputs or cast(TokenizeConfig, stages["tokenize"][-1]).inputs
-    if not texts:
-        if not (run_dir / TokenizeManifest.folder / FILE_NAME).is_file():
-            raise UsageFailure(f"{run_dir} has no tokens, and no text to make them of is given: name the files")
-        del stages["tokenize"]
-    return stages
+def _asked(config: SubmitConfig, run_dir: Path) -> Iterator[tuple[str, Config | None]]:
+    """Every stage with its settings. Tokens are taken as they are where no text is named. Raises UsageFailure."""
+    for command, configs in config.stages.items():
+        for each in configs or (None,):
+            if isinstance(each, TokenizeConfig) and not (each.inputs or config.inputs):
+                if not is_finished(run_dir, TokenizeManifest.folder):
+                    raise UsageFailure(f"{run_dir} has no tokens, and no text to make them of is given: name the files")
+                each = None
+            yield command, each
 
 
 def _jobs(config: SubmitConfig, run_dir: Path, todo: Todo) -> Iterator[Job]:
@@ -101,7 +103,7 @@ def _jobs(config: SubmitConfig, run_dir: Path, todo: Todo) -> Iterator[Job]:
                 yield Job("dense", alone, dense, after, trains=True, force=force)
             yield Job(command, words(command), slurm.resolved(slurm.join), after=("experts", "dense"))
         else:
-            own = getattr(slurm, command.replace("-", "_"))
+            own = slurm.train_seed if command == "import" else getattr(slurm, command.replace("-", "_"))
             trains = command in ("train-seed", "train-gates", "compose")
             yield Job(command, words(command), slurm.resolved(own), after, trains=trains, force=force)
 

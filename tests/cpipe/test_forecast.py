@@ -70,7 +70,7 @@ def test_what_is_missing_is_to_be_made_and_what_follows_from_it_looked_at(run_di
     (run_dir / "experts/manifest.json").unlink()
     (run_dir / "experts/002/manifest.json").unlink()
     found = steps(run_dir)
-    assert found["experts"] == ("run", "begun, 2 members finished")
+    assert found["experts"] == ("run", "begun (2 members finished)")
     assert states(found) == {"experts": "run"} | dict.fromkeys(["gates", "central", "central-calm", "reports"], "check")
     shutil.rmtree(run_dir / "seed")
     assert steps(run_dir)["seed"] == ("run", "not finished")

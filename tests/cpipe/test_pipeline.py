@@ -134,11 +134,10 @@ def exported(piped_run, cpipe, tmp_path):
 
 
 def with_settings(run_dir, *lines):
-    """Put lines in the place of the table [train-seed]."""
+    """Put lines in the place of what stands between [cluster] and [train-experts]."""
+    before, last = "dimensions = 8\n", "[train-experts]"
     text = (run_dir / "cpipe.toml").read_text()
-    begin = text.index("[train-seed]")
-    text = text[:begin] + "\n".join(lines) + "\n" + text[text.index("[train-experts]") :]
-    (run_dir / "cpipe.toml").write_text(text)
+    (run_dir / "cpipe.toml").write_text("\n".join([text.split(before)[0] + before, *lines, last + text.split(last)[1]]))
 
 
 def seed_command(cpipe, run_dir):
@@ -188,3 +187,64 @@ def test_what_is_missing_or_unknown_is_one_line(words, piped_run, cpipe, line):
     result = cpipe(command, piped_run, *rest)
     assert result.exit_code == 2
     assert "expected" in line(result) or "cpipe " in line(result)
+
+
+def steps(cpipe, run_dir):
+    told = json.loads(cpipe("run", run_dir, "--dry-run", "--json").stdout)["steps"]
+    return {step["stage"]: (step["state"], "; ".join(step["why"])) for step in told}
+
+
+def jobs(cpipe, run_dir):
+    result = cpipe("slurm", run_dir, "--json")
+    assert result.exit_code == 0, result.stderr
+    return {job["job"]: job["state"] for job in json.loads(result.stdout)}
+
+
+@pytest.fixture
+def importing_run(piped_run, copied_run, cpipe, exported):
+    """A finished run, up to the seed, whose settings import it."""
+    run_dir = copied_run(piped_run)
+    with_settings(run_dir, "[import]", f'source = "hf:{exported}"')
+    shutil.rmtree(run_dir / "seed")
+    return run_dir
+
+
+def test_an_import_to_come_is_foretold_and_made_a_job(importing_run, cpipe):
+    assert list(steps(cpipe, importing_run))[:4] == ["tokenize", "cluster", "import", "train-experts"]
+    assert steps(cpipe, importing_run)["import"] == ("run", "not finished")
+    assert seed_command(cpipe, importing_run) == "train-seed"
+    found = jobs(cpipe, importing_run)
+    assert "train-seed" not in found
+    assert {job for job, state in found.items() if state == "finished"} == {"tokenize", "cluster"}
+    script = (importing_run / "slurm/import.sh").read_text()
+    assert script.splitlines()[-1].endswith(f" import {importing_run}") and "--signal" not in script
+
+
+def test_an_imported_seed_is_finished_in_the_forecast_for_slurm_and_in_the_status(importing_run, cpipe, exported):
+    assert cpipe("run", importing_run, "--until", "train-seed").exit_code == 0
+    assert seed_command(cpipe, importing_run) == "import"
+    for lines in (["[import]", f'source = "hf:{exported}"'], ["[import]"], []):  # named, not named, imported by hand
+        with_settings(importing_run, *lines)
+        found = steps(cpipe, importing_run)
+        assert found["import"][0] == "up to date" and "train-seed" not in found
+        assert found["train-experts"] == ("again", "its input seed has changed")
+        refused = cpipe("slurm", importing_run).stderr
+        assert "experts is finished, but its input seed has changed: give --force" in refused
+    for folder in ("experts", "dense", "gates", "central", "central-calm", "reports"):
+        shutil.rmtree(importing_run / folder)
+    assert {job for job, state in jobs(cpipe, importing_run).items() if state == "finished"} == {
+        "tokenize", "cluster", "import",
+    }  # fmt: skip
+
+
+def test_an_imported_seed_is_not_what_training_one_asks_for(importing_run, cpipe, line):
+    assert cpipe("run", importing_run, "--until", "train-seed").exit_code == 0
+    with_settings(importing_run, "[train-seed]", "steps = 3")
+    assert steps(cpipe, importing_run)["train-seed"] == ("again", "it was made by `cpipe import`")
+    told = "seed is finished, but it was made by `cpipe import`: give --force"
+    assert told in line(cpipe("run", importing_run)) and told in line(cpipe("slurm", importing_run))
+    assert cpipe("slurm", importing_run, "--force").exit_code == 0
+    assert "--force" in (importing_run / "slurm/train-seed.sh").read_text()
+    with_settings(importing_run, "[import]", "[train-seed]")
+    for words in (["run", "--dry-run"], ["slurm"]):
+        assert "a run has one seed: leave one of them" in line(cpipe(words[0], importing_run, *words[1:]))

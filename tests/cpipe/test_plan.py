@@ -49,7 +49,7 @@ def test_prompts_of_a_file_are_printed_in_order(cpipe, line, piped_run, tmp_path
 @pytest.mark.parametrize(
     ("tables", "expected"),
     [
-        ("", None),
+        ("", False),
         ("[train-seed]", False),
         ("[import]", True),
         ('[import]\nsource = "hf:there"', "hf:there"),

@@ -120,7 +120,7 @@ def config(tiny_corpus, shape, training):
 
 
 def test_the_stages_are_those_of_the_pipeline(config):
-    assert tuple(config().stages) == PIPELINE == tuple(AFTER)
+    assert tuple(config().stages) == PIPELINE == tuple(command for command in AFTER if command != "import")
 
 
 def test_each_job_waits_for_those_it_needs(slurm, config, tmp_path):
@@ -243,7 +243,6 @@ def test_what_comes_after_a_missing_stage_is_submitted_too(slurm, config, expert
     [
         ({"clusters": 6}, "clusters is finished, but clusters was 3 and is now 6: give --force"),
         ({"tokenize": TokenizeConfig(vocab_size=320)}, "tokens is finished, but valid_fraction was 0.15 and is now"),
-        ({"dense": False}, "experts is finished, but dense was true and is now false"),
     ],
 )  # fmt: skip
 def test_a_stage_finished_otherwise_is_refused_by_name(slurm, config, expert_run, changes, told):
@@ -252,11 +251,19 @@ def test_a_stage_finished_otherwise_is_refused_by_name(slurm, config, expert_run
     assert not slurm.calls("sbatch")
 
 
+def test_what_holds_the_experts_together_is_written_anew_without_the_dense_one(slurm, config, expert_run, copied_run):
+    rows = run(config(until="train-gates", dense=False, submit=False), copied_run(expert_run))
+    assert states(rows) == {
+        "tokenize": "finished", "cluster": "finished", "train-seed": "finished", "experts": "finished",
+        "train-experts": "to submit", "train-gates": "to submit",
+    }  # fmt: skip
+
+
 def test_an_expert_finished_otherwise_is_refused_by_name(slurm, config, expert_run, copied_run, training):
     run_dir = copied_run(expert_run)
     (run_dir / "experts/manifest.json").unlink()
     other = ExpertsConfig(training=training.model_copy(update={"steps": 9}))
-    with pytest.raises(StaleFailure, match=r"dense is finished, but training\.steps was 8 and is now 9"):
+    with pytest.raises(StaleFailure, match=r"experts is finished, but training\.steps was 8 and is now 9"):
         run(config(train_experts=other), run_dir)
 
 
@@ -264,7 +271,7 @@ def test_a_stage_made_of_other_inputs_is_refused_by_name(slurm, config, expert_r
     run_dir = copied_run(expert_run)
     path = run_dir / "seed/manifest.json"
     path.write_text(path.read_text().replace('"parameters": ', '"parameters": 1'))
-    with pytest.raises(StaleFailure, match="dense is finished, but its input seed has changed"):
+    with pytest.raises(StaleFailure, match="experts is finished, but its input seed has changed"):
         run(config(), run_dir)
 
 
