@@ -127,16 +127,13 @@ def _seed_shape(
 
 def _jobs(config: PlanConfig, shape: DecoderConfig, experts: int, seed: SeedManifest | None) -> Iterator[Job]:
     decoder = partial(_next_token, shape)
-    whole = config.experts.training
-    if whole.batch_size % experts:
-        raise UsageFailure(f"a batch of {whole.batch_size} rows does not divide among {experts} experts")
+    members = dict(config.experts.members(experts))
     if not _is_imported(config, seed):
         yield Job("seed", 1, decoder, config.seed.training)
-    share = whole.model_copy(update={"batch_size": whole.batch_size // experts})
     adapted = partial(_adapted, shape, config.experts.lora) if config.experts.kind == "lora" else decoder
-    yield Job("experts", experts, adapted, share, share=1 / experts)
-    if config.experts.dense:
-        yield Job("dense", 1, decoder, whole)
+    yield Job("experts", experts, adapted, members["experts/000"].training, share=1 / experts)
+    if "dense" in members:
+        yield Job("dense", 1, decoder, members["dense"].training)
     for mode in config.gates.modes:
         if mode == "mean-activation":
             continue  # nothing is trained

@@ -3,22 +3,34 @@ import json
 import pytest
 
 from cpipe.settings import plan_settings
+from cpipe.show import show_plan
+from schemas.plan_training import Plan
 
 
-def test_a_plan_for_scripts_follows_the_settings_file_and_a_table_is_for_people(cpipe, piped_run):
-    result = cpipe("plan", piped_run, "--flops-per-second", "1e9", "--json")
+def test_a_plan_for_scripts_follows_the_settings_file_and_a_table_is_for_people(
+    cpipe, piped_run, tmp_path, capsys
+):
+    before, _, calm = (piped_run / "cpipe.toml").read_text().split("[[compose]]")
+    fewer = before.replace("[train-gates]", "[train-gates]\nmodes = ['independent']")
+    (tmp_path / "fewer.toml").write_text(f"{fewer}[[compose]]{calm}")
+    words = ("--settings", tmp_path / "fewer.toml", "--flops-per-second", "1e9")
+    result = cpipe("plan", piped_run, *words, "--json")
     assert result.exit_code == 0
-    plan = json.loads(result.stdout)
-    first = plan["trainings"][0]
-    assert (first["name"], first["tokens"], plan["measured"]) == ("seed", 3 * 6 * 32, False)
-    assert plan["trainings"][1]["count"] == 3 and plan["unknown"] == []
-    table = cpipe("plan", piped_run, "--flops-per-second", "1e9").stdout
-    assert all(each["name"] in table for each in plan["trainings"])
+    plan = Plan.from_json(result.stdout)
+    first, second = plan.trainings[:2]
+    assert (first.name, first.tokens, plan.measured) == ("seed", 3 * 6 * 32, False)
+    assert second.count == 3 and plan.unknown == ()
+    show_plan(plan, as_json=False)
+    table = capsys.readouterr().out
+    assert all(each.name in table for each in plan.trainings)
     assert "1e+09 FLOP/s a device, as given" in table
 
 
 def test_a_plan_needs_no_more_than_a_folder_and_settings(cpipe, tmp_path):
-    (tmp_path / "cpipe.toml").write_text("[train-seed]\nhidden_size = 32\nsteps = 5\n[[compose]]\n")
+    (tmp_path / "cpipe.toml").write_text(
+        "[cluster]\nclusters = 2\n[train-seed]\nhidden_size = 32\nnum_hidden_layers = 1\nsteps = 5\n"
+        "[train-gates]\nmodes = ['independent']\n[[compose]]\nlatent_layers = 1\n"
+    )
     result = cpipe("plan", tmp_path, "--flops-per-second", "1e9")
     assert result.exit_code == 0
     assert "unknown: epochs: no tokens" in result.stdout

@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
+from functools import cache
 
 import pytest
 
@@ -39,7 +39,15 @@ def config(evaluated_run):
 
 @pytest.fixture(scope="module")
 def planned(config, evaluated_run):
-    return {each.name: each for each in plan_training.run(config, evaluated_run).trainings}
+    """What the whole run is planned to cost, by name; the run is found untouched."""
+    before = files(evaluated_run)
+    found = {each.name: each for each in plan_training.run(config, evaluated_run).trainings}
+    assert files(evaluated_run) == before
+    return found
+
+
+def files(run_dir):
+    return {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
 
 
 def test_every_training_of_the_run_is_planned_and_no_other(planned, evaluated_run):
@@ -85,25 +93,22 @@ def test_epochs_are_those_that_training_reports(planned, evaluated_run):
 def test_the_time_is_operations_over_speed_and_devices(config, evaluated_run, planned):
     experts = planned["experts"]
     assert experts.seconds == pytest.approx(3 * experts.flops / SPEED)
-    two = config.model_copy(update={"processes": 2})
-    assert plan_training.run(two, evaluated_run).trainings[0].seconds == pytest.approx(planned["seed"].seconds / 2)
+    assert plan_seed(config, evaluated_run, processes=2).seconds == pytest.approx(planned["seed"].seconds / 2)
 
 
-def test_the_speed_is_measured_where_none_is_given(config, evaluated_run):
-    measured = plan_training.run(
-        config.model_copy(update={"flops_per_second": None, "seconds": 0.1, "compositions": ()}), evaluated_run
-    )
+def test_the_speed_is_measured_where_none_is_given_and_nothing_is_written(config, evaluated_run):
+    before = files(evaluated_run)
+    asked = brief(config).model_copy(update={"flops_per_second": None, "seconds": 0.1})
+    measured = plan_training.run(asked, evaluated_run)
     assert measured.measured and 1e6 < measured.flops_per_second < 1e15
+    assert files(evaluated_run) == before
 
 
 @pytest.mark.parametrize(
     ("stage", "expected"), [(0, (4, 4, 8)), (1, (4, 4, 4)), (2, (4, 2, 4)), (3, (2, 2, 4))], ids=str
 )
 def test_zero_divides_what_its_stage_divides(config, evaluated_run, planned, stage, expected):
-    training = config.seed.training.model_copy(update={"zero_stage": stage})
-    seed = config.seed.model_copy(update={"training": training})
-    asked = config.model_copy(update={"seed": seed, "processes": 2, "compositions": ()})
-    memory = plan_training.run(asked, evaluated_run).trainings[0].memory
+    memory = plan_seed(config, evaluated_run, processes=2, zero_stage=stage).memory
     count = planned["seed"].parameters
     assert (memory.weights, memory.gradients, memory.optimizer) == tuple(share * count for share in expected)
     assert memory.total == sum(share * count for share in expected) + memory.copies + memory.activations
@@ -128,15 +133,13 @@ def test_half_precision_keeps_smaller_activations_and_a_copy_of_every_matrix(con
     assert full.memory.copies == 0
     assert half.memory.copies == 2 * (half.parameters - norms)
     assert half.memory.weights == full.memory.weights
-    cost = [cost_of_pass(lambda: NextTokenLoss(Decoder(deep())), 4, 64, half=each) for each in (False, True)]
-    assert 0.5 * cost[0].kept < cost[1].kept < 0.85 * cost[0].kept
+    assert 0.5 * cost_of_deep().kept < cost_of_deep(half=True).kept < 0.85 * cost_of_deep().kept
 
 
 def test_what_autograd_keeps_of_a_frozen_decoder_has_its_copies_too():
     lora = LoraConfig(rank=2, targets=("q_proj",))
     make = lambda: NextTokenLoss(add_adapters(Decoder(deep()), lora, seed=0))  # noqa: E731
-    cost = cost_of_pass(make, 4, 64, half=True)
-    whole = cost_of_pass(lambda: NextTokenLoss(Decoder(deep())), 4, 64, half=True)
+    cost, whole = cost_of_pass(make, 4, 64, half=True), cost_of_deep(half=True)
     assert 0 < cost.copies <= whole.copies + 2 * cost.trained
     assert cost.kept < whole.kept
 
@@ -144,12 +147,10 @@ def test_what_autograd_keeps_of_a_frozen_decoder_has_its_copies_too():
 def test_activation_checkpointing_keeps_less_and_computes_the_layers_twice(config, evaluated_run, planned):
     found = plan_seed(config, evaluated_run, activation_checkpointing=True)
     assert 1.1 < found.flops / planned["seed"].flops < 4 / 3
-    costs = [
-        cost_of_pass(lambda: NextTokenLoss(Decoder(deep())), 4, 64, half=False, recompute=r) for r in (False, True)
-    ]
-    assert costs[1].kept < costs[0].kept / 3
-    assert 1.2 < costs[1].flops / costs[0].flops < 4 / 3
-    assert costs[1].parameters == costs[0].parameters
+    once, twice = cost_of_deep(), cost_of_deep(recompute=True)
+    assert twice.kept < once.kept / 3
+    assert 1.2 < twice.flops / once.flops < 4 / 3
+    assert twice.parameters == once.parameters
 
 
 def test_an_imported_seed_is_not_planned(config, evaluated_run, copied_run, tmp_path):
@@ -177,10 +178,7 @@ def test_before_it_is_imported_the_seed_has_the_shape_of_its_folder(config, eval
 
 
 def test_smaller_micro_batches_keep_less(config, evaluated_run, planned):
-    training = config.seed.training.model_copy(update={"micro_batch_size": 2})
-    seed = config.seed.model_copy(update={"training": training})
-    asked = config.model_copy(update={"seed": seed, "compositions": ()})
-    found = plan_training.run(asked, evaluated_run).trainings[0]
+    found = plan_seed(config, evaluated_run, micro_batch_size=2)
     assert 2.5 < planned["seed"].memory.activations / found.memory.activations < 3.5
     assert found.flops == pytest.approx(planned["seed"].flops)
 
@@ -193,10 +191,16 @@ def deep():
     )  # fmt: skip
 
 
+@cache
+def cost_of_deep(half=False, recompute=False):
+    return cost_of_pass(lambda: NextTokenLoss(Decoder(deep())), 4, 64, half=half, recompute=recompute)
+
+
 def plan_seed(config, run_dir, processes=1, **training):
     """The seed's plan with other settings of its training."""
     seed = config.seed.model_copy(update={"training": config.seed.training.model_copy(update=training)})
-    asked = brief(config).model_copy(update={"seed": seed, "processes": processes})
+    experts = config.experts.model_copy(update={"dense": False})
+    asked = brief(config).model_copy(update={"seed": seed, "experts": experts, "processes": processes})
     return plan_training.run(asked, run_dir).trainings[0]
 
 
@@ -206,22 +210,13 @@ def brief(config):
     return config.model_copy(update={"gates": gates, "compositions": ()})
 
 
-def test_it_writes_nothing(config, evaluated_run):
-    def files():
-        return {path: path.stat().st_mtime_ns for path in Path(evaluated_run).rglob("*")}
-
-    before = files()
-    plan_training.run(config.model_copy(update={"flops_per_second": None, "seconds": 0.1}), evaluated_run)
-    assert files() == before
-
-
 def test_without_tokens_and_clusters_it_says_what_is_unknown(tmp_path, shape, training):
     experts = ExpertsConfig(training=training.model_copy(update={"batch_size": 10}))
     asked = PlanConfig(
-        seed=SeedConfig(model=shape, training=training), experts=experts, compositions=(), vocab_size=400, clusters=5,
+        seed=SeedConfig(model=shape, training=training), experts=experts, vocab_size=400, clusters=5,
         flops_per_second=SPEED,
     )  # fmt: skip
-    plan = plan_training.run(asked, tmp_path)
+    plan = plan_training.run(brief(asked), tmp_path)
     assert all(each.epochs is None for each in plan.trainings)
     assert plan.trainings[1].count == 5
     assert [line.split(":")[0] for line in plan.unknown] == ["epochs", "experts"]
