@@ -7,9 +7,7 @@ from cpipe.show import show_plan
 from schemas.plan_training import Plan
 
 
-def test_a_plan_for_scripts_follows_the_settings_file_and_a_table_is_for_people(
-    cpipe, piped_run, tmp_path, capsys
-):
+def test_a_plan_for_scripts_follows_the_settings_file_and_a_table_is_for_people(cpipe, piped_run, tmp_path, capsys):
     before, _, calm = (piped_run / "cpipe.toml").read_text().split("[[compose]]")
     fewer = before.replace("[train-gates]", "[train-gates]\nmodes = ['independent']")
     (tmp_path / "fewer.toml").write_text(f"{fewer}[[compose]]{calm}")

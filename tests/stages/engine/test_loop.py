@@ -5,18 +5,14 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-import toy_training
 from test_engines import ENGINES, assert_close, reference
 from torch import nn
-from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
+from toy_training import VOCAB, Toy, batch_at, batch_with, config, started, weights
 
 from schemas import launch
 from schemas.failures import DivergedFailure, InterruptedFailure, ResourceFailure, UsageFailure
@@ -344,23 +340,12 @@ def test_a_resumed_training_has_each_sample_once_and_the_weights_of_one_without(
 # In processes of their own
 
 
-def started(folder, *settings, environment=None):
-    """`toy_training.py` as a process, which trains once with each of the settings."""
-    folder.mkdir(exist_ok=True)
-    root = Path(__file__).parents[3]
-    command = [sys.executable, toy_training.__file__, str(folder), *(one.model_dump_json() for one in settings)]
-    variables = {**os.environ, "PYTHONPATH": str(root), **(environment or {})}
-    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process, seconds=60):
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
+def ended(process, folder, rank=0, seconds=60):
+    process.join(seconds)
+    if process.is_alive():
         process.kill()
-        process.communicate()
         pytest.fail("the process does not end")
-    return process.returncode, errors
+    return process.exitcode, (folder / f"errors-{rank}").read_text()
 
 
 def wait_for_step(folder, step, process, rank=0):
@@ -368,7 +353,7 @@ def wait_for_step(folder, step, process, rank=0):
     for _ in range(3000):
         if trace.is_file() and int(trace.read_text() or 0) >= step:
             return
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive(), (folder / f"errors-{rank}").read_text()
         time.sleep(0.01)
     pytest.fail("the training does not get on")
 
@@ -392,8 +377,9 @@ def weights_of(folder, rank=0, number=0):
 )
 def test_two_processes_give_the_weights_of_one(engines, tmp_path):
     expected = trained(tmp_path / "one", module=Toy())
-    for process in in_two(tmp_path / "two", *(config(**ENGINES[engine]) for engine in engines)):
-        code, errors = ended(process)
+    processes = in_two(tmp_path / "two", *(config(**ENGINES[engine]) for engine in engines))
+    for rank, process in enumerate(processes):
+        code, errors = ended(process, tmp_path / "two", rank)
         assert code == 0, errors
     for number in range(len(engines)):
         for rank in (0, 1):
@@ -407,8 +393,8 @@ def test_two_processes_give_the_weights_of_one(engines, tmp_path):
 )
 def test_what_is_not_finite_on_one_process_is_left_out_on_all(engines, tmp_path):
     settings = [config(**ENGINES[engine]) for engine in engines]
-    for process in in_two(tmp_path, *settings, environment={"BAD": "2 5"}):
-        code, errors = ended(process)
+    for rank, process in enumerate(in_two(tmp_path, *settings, environment={"BAD": "2 5"})):
+        code, errors = ended(process, tmp_path, rank)
         assert code == 0, errors
     for number in range(len(engines)):
         for rank in (0, 1):
@@ -420,12 +406,12 @@ def test_one_two_and_again_one_process_continue_each_others_training(engine, tmp
     """To 1e-5 of one process throughout: two sum the gradient in another order."""
     settings = config(**ENGINES[engine])
     (alone,) = [started(tmp_path, settings, environment={"DEATH": "4"})]
-    assert ended(alone)[0] == 9
+    assert ended(alone, tmp_path)[0] == 9
     assert checkpoints.newest(tmp_path / "checkpoints")[1].step == 3
-    assert [ended(process)[0] for process in in_two(tmp_path, settings, environment={"DEATH": "7"})] == [9, 9]
+    assert [ended(process, tmp_path)[0] for process in in_two(tmp_path, settings, environment={"DEATH": "7"})] == [9, 9]
     progress = checkpoints.newest(tmp_path / "checkpoints")[1]
     assert (progress.step, progress.tokens, len(progress.losses)) == (6, 6 * 4 * 6, 6)
-    code, errors = ended(started(tmp_path, settings))
+    code, errors = ended(started(tmp_path, settings), tmp_path)
     assert code == 0, errors
     assert_close(weights_of(tmp_path), reference(settings, 8), 1e-5)
 
@@ -437,25 +423,25 @@ def test_killed_while_a_checkpoint_is_written_beside_the_steps_it_resumes_from_t
     process = started(tmp_path / "cut", settings, environment=slowly)
     saved = tmp_path / "cut" / "checkpoints"
     while not (saved / "step-0000008.json").exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive(), (tmp_path / "cut/errors-0").read_text()
         time.sleep(0.001)
     while not list(saved.glob(".*.tmp")):
         time.sleep(0.001)
     process.kill()
-    assert ended(process)[0] == -signal.SIGKILL
+    assert ended(process, tmp_path / "cut")[0] == -signal.SIGKILL
     assert int((tmp_path / "cut" / "step-0").read_text()) > checkpoints.newest(saved)[1].step
-    code, errors = ended(started(tmp_path / "cut", settings, environment={"DROPOUT": "0.2"}))
+    code, errors = ended(started(tmp_path / "cut", settings, environment={"DROPOUT": "0.2"}), tmp_path / "cut")
     assert code == 0, errors
     assert_close(weights_of(tmp_path / "cut"), expected, 0)
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(tmp_path):
     environment = {"PAUSE": "0.01", "SLOW_DISK": "0.4"}
-    process = started(tmp_path, config(steps=400, checkpoint_every=100), environment=environment)
-    wait_for_step(tmp_path, 110, process)
+    process = started(tmp_path, config(steps=400, checkpoint_every=30), environment=environment)
+    wait_for_step(tmp_path, 35, process)
     assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [".tmp"]  # of the tensors, still
-    process.send_signal(signal.SIGTERM)
-    code, errors = ended(process)
+    process.terminate()
+    code, errors = ended(process, tmp_path)
     assert code == 75, errors
     assert f"toy stopped after step {checkpoints.newest(tmp_path / 'checkpoints')[1].step}:" in errors
 
@@ -475,8 +461,9 @@ def test_a_full_disk_ends_the_training_in_one_line(tmp_path, monkeypatch):
 def test_two_processes_stop_together_when_one_gets_the_signal(tmp_path):
     processes = in_two(tmp_path, config(**ENGINES["zero-1"], steps=200), environment={"PAUSE": "0.02"})
     wait_for_step(tmp_path, 5, processes[0])
-    processes[1].send_signal(signal.SIGTERM)
-    for code, errors in map(ended, processes):
+    processes[1].terminate()
+    for rank, process in enumerate(processes):
+        code, errors = ended(process, tmp_path, rank)
         assert code == 75, errors
     assert checkpoints.newest(tmp_path / "checkpoints")[1].step >= 5
 
@@ -493,7 +480,7 @@ def test_a_process_killed_at_any_moment_and_started_again_gives_the_same_weights
         wait_for_step(tmp_path / "cut", step, process)
         time.sleep(draw.random() * 0.03)
         process.kill()
-        assert ended(process)[0] == -signal.SIGKILL
-    code, errors = ended(started(tmp_path / "cut", settings, environment={"DROPOUT": "0.2"}))
+        assert ended(process, tmp_path / "cut")[0] == -signal.SIGKILL
+    code, errors = ended(started(tmp_path / "cut", settings, environment={"DROPOUT": "0.2"}), tmp_path / "cut")
     assert code == 0, errors
     assert_close(weights_of(tmp_path / "cut"), expected, 0)
