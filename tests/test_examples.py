@@ -8,57 +8,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiny_settings import SETTINGS
 
 from schemas.strict import validated
 from schemas.submit_jobs import SlurmConfig
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-SETTINGS = """
-[tokenize]
-vocab_size = 320
-valid_fraction = 0.15
-[cluster]
-clusters = 3
-dimensions = 8
-[train-seed]
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-steps = 3
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-[train-experts]
-steps = 3
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-[train-gates]
-steps = 2
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-[compose]
-group_length = 4
-latents_per_group = 2
-encoder_layers = 1
-latent_layers = 1
-decoder_layers = 1
-token_window = 8
-plan_horizon = 2
-steps = 2
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-bridge_steps = 2
-bridge_batch_size = 6
-[evaluate]
-tokens = 700
-top_k = [1]
-"""
 
 
 @pytest.fixture

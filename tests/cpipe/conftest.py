@@ -1,79 +1,10 @@
 """A command line that runs in this process, and a run that it made once per session."""
 
 import pytest
+from tiny_settings import WITH_TWO_COMPOSITIONS
 from typer.testing import CliRunner
 
 from cpipe.app import build_app
-
-SETTINGS = """\
-[tokenize]
-vocab_size = 320
-valid_fraction = 0.15
-
-[cluster]
-clusters = 3
-dimensions = 8
-
-[train-seed]
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-steps = 3
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-
-[train-experts]
-steps = 3
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-
-[train-gates]
-steps = 2
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-
-[[compose]]
-group_length = 4
-latents_per_group = 2
-encoder_layers = 1
-latent_layers = 1
-decoder_layers = 1
-token_window = 8
-plan_horizon = 2
-steps = 2
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-bridge_steps = 2
-bridge_batch_size = 6
-
-[[compose]]
-name = "central-calm"
-bridge = "calm"
-gates = "none"
-group_length = 4
-latents_per_group = 2
-encoder_layers = 1
-latent_layers = 1
-decoder_layers = 1
-token_window = 8
-plan_horizon = 2
-steps = 2
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-bridge_steps = 2
-bridge_batch_size = 6
-
-[evaluate]
-tokens = 700
-top_k = [1]
-"""
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +19,7 @@ def piped_run(cpipe, tiny_corpus, tmp_path_factory):
     """A run of all stages, by `cpipe run`. Read-only: copy it before writing."""
     run_dir = tmp_path_factory.mktemp("runs") / "piped"
     run_dir.mkdir()
-    (run_dir / "cpipe.toml").write_text(SETTINGS)
+    (run_dir / "cpipe.toml").write_text(WITH_TWO_COMPOSITIONS)
     result = cpipe("run", run_dir, tiny_corpus)
     assert result.exit_code == 0, result.stderr
     return run_dir

@@ -283,13 +283,6 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_line_that_says_what_is_wrong(fault, run_dir, a_copy):
-    spoil, words = FAULTS[fault]
-    spoil(a_copy)
-    assert words in refusal(run_dir, a_copy)
-
-
 def test_a_tied_output_layer_that_is_stored_too_is_no_matter(run_dir, a_copy):
     config_with(tie_word_embeddings=True)(a_copy)
     reweigh(a_copy, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
@@ -398,11 +391,12 @@ INDEX_FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", INDEX_FAULTS)
-def test_shards_and_index_must_agree(fault, run_dir, sharded):
-    spoil, words = INDEX_FAULTS[fault]
-    spoil(sharded)
-    assert words in refusal(run_dir, sharded)
+@pytest.mark.parametrize("fault", [*FAULTS, *INDEX_FAULTS])
+def test_a_fault_is_one_line_that_says_what_is_wrong(fault, run_dir, request):
+    folder = request.getfixturevalue("a_copy" if fault in FAULTS else "sharded")
+    spoil, words = (FAULTS | INDEX_FAULTS)[fault]
+    spoil(folder)
+    assert words in refusal(run_dir, folder)
 
 
 def test_another_tokenizer_is_refused_with_what_to_run(run_dir, a_copy):

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 from tokenizers import Tokenizer
+from tokenizing_apart import tokenize_and_die, tokenize_share
 
 from schemas.failures import InputFailure, LockedFailure, StaleFailure, UsageFailure
 from schemas.tokenize_text import SPLITS, LeftOut, ShareManifest, TokenizeConfig, TokenizeManifest
@@ -272,14 +273,13 @@ def test_shares_done_in_any_order_merge_to_the_same_bytes(whole: Any, tmp_path: 
     assert tokenize_text.run(changed(config, shard="1/3"), run_dir) == manifest
 
 
-def _share(config: TokenizeConfig, run_dir: Path) -> None:
-    tokenize_text.run(config, run_dir)
-
-
 def test_shares_at_the_same_time_train_one_tokenizer_and_merge_to_the_same_bytes(whole: Any, tmp_path: Path) -> None:
     config, _, files = whole
     spawn = multiprocessing.get_context("spawn")
-    shares = [spawn.Process(target=_share, args=(changed(config, shard=f"{n}/3"), tmp_path / "run")) for n in (1, 2, 3)]
+    shares = [
+        spawn.Process(target=tokenize_share, args=(changed(config, shard=f"{n}/3"), tmp_path / "run"))
+        for n in (1, 2, 3)
+    ]
     for share in shares:
         share.start()
     for share in shares:
@@ -306,27 +306,11 @@ def test_an_impossible_share_is_refused(share: str) -> None:
         TokenizeConfig(shard=share)
 
 
-def _die(config: TokenizeConfig, run_dir: Path, renames: int) -> None:
-    """Tokenize, but die by SIGKILL after so many files have got their names."""
-    original = os.replace
-    left = renames
-
-    def replace(source: Path, target: Path) -> None:
-        nonlocal left
-        original(source, target)
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = replace
-    tokenize_text.run(config, run_dir)
-
-
 @pytest.mark.parametrize("renames", [1, 2, 4, 9, 17, 40])
 def test_killed_anywhere_it_ends_with_the_same_bytes(whole: Any, tmp_path: Path, renames: int) -> None:
     config, _, files = whole
     run_dir = tmp_path / "run"
-    process = multiprocessing.get_context("spawn").Process(target=_die, args=(config, run_dir, renames))
+    process = multiprocessing.get_context("spawn").Process(target=tokenize_and_die, args=(config, run_dir, renames))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

@@ -49,13 +49,16 @@ def test_a_run_as_it_was_written_has_no_problem(evaluated_run: Path) -> None:
 def test_a_flipped_bit_in_any_file_is_named(evaluated_run: Path, copied_run: Any) -> None:
     run_dir = copied_run(evaluated_run)
     draw = random.Random(0)
-    for name in outputs(run_dir):
-        path = run_dir / name
-        before = path.read_bytes()
-        flip(path, draw.randrange(len(before)), draw.randrange(8))
-        assert faults(run_dir) == {(name, "changed")}, name
-        assert faults(run_dir, sizes_only=True) == set()
-        path.write_bytes(before)
+    before = {name: (run_dir / name).read_bytes() for name in outputs(run_dir)}
+    for name, content in before.items():
+        flip(run_dir / name, draw.randrange(len(content)), draw.randrange(8))
+    assert faults(run_dir) == {(name, "changed") for name in before}
+    assert faults(run_dir, sizes_only=True) == set()
+    alone = draw.choice([*before])
+    for name in before.keys() - {alone}:
+        (run_dir / name).write_bytes(before[name])
+    assert faults(run_dir) == {(alone, "changed")}
+    (run_dir / alone).write_bytes(before[alone])
     assert faults(run_dir) == set()
 
 
@@ -94,7 +97,7 @@ def test_a_flipped_bit_anywhere_in_a_manifest_is_found(evaluated_run: Path, copi
     for folder in manifest_folders(run_dir):
         path = run_dir / folder / FILE_NAME
         before = path.read_bytes()
-        for place in draw.sample(range(len(before) - 1), 12):  # the last is the end of the last line
+        for place in draw.sample(range(len(before) - 1), 3):  # the last is the end of the last line
             flip(path, place, draw.randrange(8))
             assert problems(run_dir, sizes_only=True), (folder, before[place - 20 : place + 20])
             path.write_bytes(before)

@@ -1,37 +1,12 @@
 import pytest
 import torch
+from loud_decoder import VOCAB, loud, shape
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from schemas.decoder import DecoderConfig
 from stages.nn.attention import RMSNorm
-from stages.nn.decoder import Decoder
 from stages.nn.decoding import FIRST_ROOM, PackedDecoder, TextBatch, packable
-
-VOCAB = 61
-
-
-def loud(**changes):
-    """A decoder whose weights are all large enough that nothing in it can be left out unnoticed."""
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_theta": 500.0,
-        "rms_norm_eps": 1e-2,
-        "max_position_embeddings": 64,
-    }
-    torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(**{**settings, **changes})).eval().requires_grad_(False)
-    for parameter in decoder.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    for part in decoder.modules():
-        if isinstance(part, RMSNorm):
-            nn.init.normal_(part.weight, mean=1.0, std=0.3)
-    return decoder
 
 
 def some_ids(count, seed=1):
@@ -57,7 +32,7 @@ KINDS = pytest.mark.parametrize(
 @KINDS
 @pytest.mark.parametrize("sizes", [(1,) * 11, (3, 1, 5, 2), (10, 1), (11,)])
 def test_reading_in_chunks_of_any_size_equals_the_full_pass(changes, sizes):
-    decoder, ids = loud(**changes), some_ids(11)
+    decoder, ids = loud(shape(**changes)), some_ids(11)
     packed = PackedDecoder(decoder)
     cache, start = packed.new_cache(), 0
     for size in sizes:
@@ -67,7 +42,7 @@ def test_reading_in_chunks_of_any_size_equals_the_full_pass(changes, sizes):
 
 
 def test_what_it_writes_is_what_transformers_writes():
-    decoder, ids = loud(), some_ids(5)
+    decoder, ids = loud(shape()), some_ids(5)
     model = LlamaForCausalLM(LlamaConfig(**decoder.config.to_huggingface(0))).eval()
     model.load_state_dict(decoder.weights(), strict=False)
     model.tie_weights()
@@ -83,7 +58,7 @@ def test_what_it_writes_is_what_transformers_writes():
 
 
 def test_the_room_of_the_cache_and_the_rotations_grow_with_the_text():
-    decoder, ids = loud(), some_ids(2 * FIRST_ROOM + 3)
+    decoder, ids = loud(shape()), some_ids(2 * FIRST_ROOM + 3)
     packed = PackedDecoder(decoder)
     cache = packed.new_cache()
     packed.read(ids[: FIRST_ROOM - 1], cache)
@@ -95,7 +70,7 @@ def test_the_room_of_the_cache_and_the_rotations_grow_with_the_text():
 
 @KINDS
 def test_texts_of_unequal_lengths_read_side_by_side_what_each_alone_would(changes):
-    decoder = loud(**changes)
+    decoder = loud(shape(**changes))
     batch = TextBatch(PackedDecoder(decoder), rows=3)
     texts = {number: some_ids(length, seed=number) for number, length in ((4, 9), (7, 2), (5, 13))}
     for number in texts:
@@ -111,7 +86,7 @@ def test_texts_of_unequal_lengths_read_side_by_side_what_each_alone_would(change
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_text_that_ends_leaves_its_place_and_the_others_what_they_read(first):
-    decoder = loud()
+    decoder = loud(shape())
     batch = TextBatch(PackedDecoder(decoder), rows=3)
     texts = {number: some_ids(4 + 3 * number, seed=number) for number in range(3)}
     for number in texts:
@@ -134,7 +109,7 @@ def test_a_text_that_ends_leaves_its_place_and_the_others_what_they_read(first):
 
 
 def test_a_place_begun_anew_forgets():
-    decoder = loud()
+    decoder = loud(shape())
     batch = TextBatch(PackedDecoder(decoder), rows=2)
     places = [batch.add(number) for number in range(2)]
     batch.read({0: some_ids(9), 1: some_ids(5)})
@@ -145,7 +120,7 @@ def test_a_place_begun_anew_forgets():
 
 
 def test_biases_are_known():
-    decoder = loud()
+    decoder = loud(shape())
     for layer in decoder.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             projection.bias = nn.Parameter(torch.randn(projection.out_features) * 0.5, requires_grad=False)
@@ -157,7 +132,7 @@ def test_biases_are_known():
 
 
 def test_a_decoder_with_a_part_it_does_not_know_is_not_packed():
-    plain, normed, biased = loud(), loud(), loud()
+    plain, normed, biased = loud(shape()), loud(shape()), loud(shape())
     normed.model.layers[1].self_attn.q_norm = RMSNorm(8, 1e-5)
     biased.model.layers[0].self_attn.o_proj.bias = nn.Parameter(torch.zeros(32))
     assert packable(plain) and not packable(normed) and not packable(biased)
@@ -167,7 +142,7 @@ def test_a_decoder_with_a_setting_it_does_not_know_is_not_packed():
     class Further(DecoderConfig):
         invented: int | None = None
 
-    decoder = loud()
+    decoder = loud(shape())
     known = decoder.config.model_dump()
     for value, expected in ((None, True), (8, False)):
         decoder.config = Further(**known, invented=value)

@@ -12,56 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_settings
 from local_slurm import LocalSlurm, NoSlurmError
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-SETTINGS = """
-[tokenize]
-vocab_size = 320
-valid_fraction = 0.15
-[cluster]
-clusters = 3
-dimensions = 8
-[train-seed]
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-steps = 12
-batch_size = 6
-sequence_length = 32
-engine = "deepspeed"
-precision = "fp32"
-[train-experts]
-steps = 3
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-[train-gates]
-steps = 2
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-[compose]
-group_length = 4
-latents_per_group = 2
-encoder_layers = 1
-latent_layers = 1
-decoder_layers = 1
-token_window = 8
-plan_horizon = 2
-steps = 2
-batch_size = 6
-sequence_length = 32
-engine = "torch"
-bridge_steps = 2
-bridge_batch_size = 6
-[evaluate]
-tokens = 700
-top_k = [1]
+SETTINGS = tiny_settings.SETTINGS.replace(
+    'steps = 3\nbatch_size = 6\nsequence_length = 32\nengine = "torch"',
+    'steps = 12\nbatch_size = 6\nsequence_length = 32\nengine = "deepspeed"\nprecision = "fp32"',
+    1,  # of the seed
+)
+SETTINGS += """
 [slurm]
 shards = 2
 cpus = 1
