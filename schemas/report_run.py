@@ -11,6 +11,7 @@ from schemas.strict import Config, Strict
 
 FILE_NAME = "report.html"
 SAMPLES = "samples.json"
+TRAINING_SAMPLES = "samples.jsonl"  # beside what a training wrote
 DERIVED = (FILE_NAME, SAMPLES)  # what lies in the folder of the evaluation beside what its manifest lists
 
 
@@ -26,6 +27,14 @@ class Sample(Strict):
     """What one model made of a prompt."""
 
     model: str = Field(description="The model, as `cpipe generate` calls it.")
+    prompt: str = Field(description="The text given.")
+    text: str = Field(description="The text added.")
+
+
+class TrainingSample(Strict):
+    """A line of `samples.jsonl`: how a decoder in training went on from a prompt."""
+
+    step: int = Field(ge=0, description="Steps done.")
     prompt: str = Field(description="The text given.")
     text: str = Field(description="The text added.")
 

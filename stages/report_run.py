@@ -18,7 +18,7 @@ from schemas.evaluate_models import EvaluateManifest, ModelRow
 from schemas.failures import IntegrityFailure, UsageFailure
 from schemas.files import FileRef, write_bytes
 from schemas.manifest import Manifest
-from schemas.report_run import FILE_NAME, SAMPLES, ReportConfig, Sample, Samples
+from schemas.report_run import FILE_NAME, SAMPLES, TRAINING_SAMPLES, ReportConfig, Sample, Samples, TrainingSample
 from schemas.run_manifests import FROM_OUTSIDE, broken_links, manifest_folders, read_manifest
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsManifest
@@ -28,6 +28,8 @@ from stages.reporting.charts import Graph, LineChart, Series, graph, line_chart
 from stages.reporting.page import duration, picture, render
 
 Manifests = dict[str, Manifest]
+TAIL = 1 << 16  # bytes read of what a training wrote; a sample has a few hundred
+SHOWN = 3  # samples of each training
 ORDER = ("corpus", "tokens", "clusters", "clusters-sweep", "seed", "dense", "experts", "gates", "central-alone")
 
 
@@ -49,6 +51,7 @@ def stream(config: ReportConfig, run_dir: Path) -> Iterator[FileRef]:
             "gates": _one(GatesManifest, manifests),
             "compositions": {name: each for name, each in manifests.items() if isinstance(each, ComposeManifest)},
             "samples": _samples(run_dir),
+            "training_samples": dict(_training_samples(run_dir)),
             "settings": {name: _settings(each) for name, each in manifests.items() if not _is_expert(each)},
             "manifests": manifests,
             "listed": config.listed_files,
@@ -178,6 +181,23 @@ def _samples(run_dir: Path) -> tuple[Sample, ...]:
         return Samples.from_json(path.read_bytes()).samples
     except (ValidationError, IntegrityFailure) as error:
         raise IntegrityFailure(f"{path} holds no samples: remove it, or make it anew with --prompt") from error
+
+
+def _training_samples(run_dir: Path) -> Iterator[tuple[str, list[TrainingSample]]]:
+    """The last texts that decoders wrote while they were trained, by folder."""
+    found = [*run_dir.glob(f"*/{TRAINING_SAMPLES}"), *run_dir.glob(f"*/*/{TRAINING_SAMPLES}")]
+    folders = {path.parent.relative_to(run_dir).as_posix(): path for path in found}
+    for folder in sorted((name for name in folders if not name.startswith(".")), key=_order):
+        path = folders[folder]
+        if not path.is_file() or not path.resolve().is_relative_to(run_dir.resolve()):
+            raise IntegrityFailure(f"{path} leads out of the run or is no file: remove it")
+        with path.open("rb") as file:
+            file.seek(start := max(0, path.stat().st_size - TAIL))
+            lines = file.read().split(b"\n")[1 if start else 0 : -1]  # a line that was cut or is being written is none
+        try:
+            yield folder, [TrainingSample.from_json(line) for line in lines[-SHOWN:]]
+        except (ValidationError, IntegrityFailure) as error:
+            raise IntegrityFailure(f"{path} holds no samples of a training: remove it") from error
 
 
 def _settings(manifest: Manifest) -> list[tuple[str, str, bool]]:

@@ -45,9 +45,11 @@ def _totals(metrics: ClusterMetrics) -> list[str]:
     sources = ""
     if metrics.nmi is not None:
         sources = f"; purity {metrics.purity:.3f} and normalised mutual information {metrics.nmi:.3f} with the sources"
+    tokens = metrics.valid_token_balance
     return [
         f"Largest over mean: {metrics.train_balance:.3f} of documents, {metrics.train_token_balance:.3f} of tokens, "
-        f"{metrics.valid_balance:.3f} of held-out documents{sources}.",
+        f"{metrics.valid_balance:.3f} of held-out documents"
+        f"{'' if tokens is None else f', {tokens:.3f} of held-out tokens'}{sources}.",
         "",
         "![Map of the documents](map.png)",
     ]

@@ -109,8 +109,9 @@ def test_it_tells_what_the_manifests_tell(page: Page, evaluated_run: Path) -> No
     for row in EvaluateManifest.read(evaluated_run).metrics.rows:
         assert row.model in page.text and f"{row.bits_per_byte:.4f}" in page.text
         assert all(f"{value:.3f}" in page.text for value in row.sources.values())
-    clusters = json.loads((evaluated_run / "clusters/manifest.json").read_bytes())["metrics"]["clusters"]
-    for cluster in clusters:
+    clusters = json.loads((evaluated_run / "clusters/manifest.json").read_bytes())["metrics"]
+    assert f"{clusters['valid_token_balance']:.3f} of held-out tokens" in page.text
+    for cluster in clusters["clusters"]:
         assert ", ".join(cluster["top_terms"]) in page.text and f"{cluster['tokens']:,}" in page.text
 
 
@@ -153,6 +154,8 @@ def test_nothing_of_the_run_becomes_markup(page: Page, evaluated_run: Path, tmp_
     shutil.copytree(run_dir / "central", run_dir / f"central-{hostile_name}")
     sample = {"model": HOSTILE, "prompt": HOSTILE, "text": HOSTILE}
     (run_dir / "reports/samples.json").write_text(json.dumps({"samples": [sample]}))
+    line = {"step": 3, "prompt": HOSTILE, "text": HOSTILE}
+    (run_dir / "seed/samples.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n")
     attacked = reported(run_dir)
     known = {(tag, name) for tag, attributes in page.elements for name in ("", *attributes)}
     found = {(tag, name) for tag, attributes in attacked.elements for name in ("", *attributes)}
@@ -205,6 +208,31 @@ def test_what_does_not_belong_together_is_said(evaluated_run: Path, copied_run: 
     assert "belongs together" not in reported(run_dir).text
     edit(run_dir / "seed/manifest.json", "metrics", "parameters", value=1)
     assert "dense was made from another seed than is there now" in reported(run_dir).text
+
+
+def test_the_last_samples_of_every_training_are_shown(expert_run: Path, copied_run: Any) -> None:
+    run_dir = copied_run(expert_run)
+    assert "Samples" not in reported(run_dir).text
+    lines = [{"step": step, "prompt": "the ", "text": f"text of step {step}\u2028end"} for step in range(1, 2001)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    for folder in ("seed", "experts/001", "dense", ".seed.replaced"):
+        (run_dir / folder).mkdir(exist_ok=True)
+        (run_dir / folder / "samples.jsonl").write_text(f'{text}{{"step": 2001, "pro', encoding="utf-8")
+    page = reported(run_dir)
+    titles = re.findall(r"<h3>([^<]*), while it was trained</h3>", page.source)
+    assert titles == ["seed", "dense", "experts/001"]
+    assert re.findall(r"text of step (\d+)", page.text) == ["1998", "1999", "2000"] * 3
+    assert "step 2,000" in page.text
+
+
+@pytest.mark.parametrize("content", ["\n", "[]\n", '{"step": 1, "prompt": "a"}\n', "[" * 70_000 + "\n\n"])
+def test_training_samples_that_are_none_are_refused_in_one_line(
+    content: str, seeded_run: Path, copied_run: Any
+) -> None:
+    run_dir = copied_run(seeded_run)
+    (run_dir / "seed/samples.jsonl").write_text(content)
+    with pytest.raises(IntegrityFailure, match=r"^[^\n]*samples\.jsonl holds no samples of a training: remove it$"):
+        reported(run_dir)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"samples": [{"model": "a"}]}', '{"samples": 3}', "[" * 100_000])

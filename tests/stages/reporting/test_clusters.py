@@ -46,6 +46,12 @@ def test_every_cluster_has_a_row_with_sizes_terms_documents_and_sources():
     assert "1.250 of documents, 1.500 of tokens" in text and "purity 0.750" in text
 
 
+def test_the_balance_of_held_out_tokens_is_told_where_it_is_known():
+    assert "2.000 of held-out documents; purity" in clusters_markdown(metrics(summary(0)))
+    text = clusters_markdown(metrics(summary(0), valid_token_balance=1.75))
+    assert "2.000 of held-out documents, 1.750 of held-out tokens; purity" in text
+
+
 def test_shared_documents_have_a_column_where_there_are_some():
     header, _, first = rows(clusters_markdown(metrics(summary(0, shared_documents=7))))
     assert dict(zip(header, first, strict=True))["shared"] == "7"
