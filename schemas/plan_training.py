@@ -35,7 +35,7 @@ class Memory(Strict):
 
     weights: int = Field(description="fp32; those that are frozen too.")
     gradients: int = Field(description="fp32.")
-    optimizer: int = Field(description="AdamW's two averages, fp32; none where they are offloaded.")
+    optimizer: int = Field(description="AdamW's two averages, Muon's one, fp32; none where they are offloaded.")
     copies: int = Field(description="Weights in half precision, which autocast keeps for the backward pass.")
     activations: int = Field(description="Of one micro-batch, kept for the backward pass.")
     total: int = Field(description="All of them.")

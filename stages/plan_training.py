@@ -2,7 +2,7 @@
 
 - shapes come from what the run holds already, else from the settings; every model is built without content, and one
   step of it is counted: so FLOPs, frozen parts and activations are those of the code that will run
-- memory: 4 bytes a weight, 4 a gradient, 8 for AdamW's averages, the latter divided among devices by ZeRO's stage 1, 2
+- memory: 4 bytes a weight, 4 a gradient, 8 for AdamW's averages, of Muon 4, divided among devices by ZeRO's stage 1, 2
   and 3 (Rajbhandari et al. 2020, section 3, for fp32 throughout), and what autograd and autocast keep of one
   micro-batch. What the libraries themselves take comes on top
 - an offloaded optimizer has 16 bytes for each weight it steps in the processor's memory: weight, gradient, averages
@@ -35,6 +35,7 @@ from schemas.training import TrainingConfig
 from stages.artifacts.huggingface_folder import HuggingFaceFolder, local_folder
 from stages.engine.checkpoints import KEPT
 from stages.engine.engines import start_engine
+from stages.engine.optimizer import numbers_kept
 from stages.engine.precision import choose_precision
 from stages.engine.processes import find_place
 from stages.nn.central import CentralLoss, CentralModel
@@ -203,7 +204,8 @@ def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, spee
     precision = choose_precision(training, find_place())
     length = training.sequence_length
     recompute = training.activation_checkpointing
-    cost = cost_of_pass(job.make, micro, length, half=precision != "fp32", recompute=recompute)
+    half, kept = precision != "fp32", partial(numbers_kept, config=training)
+    cost = cost_of_pass(job.make, micro, length, half=half, recompute=recompute, numbers_kept=kept)
     tokens = training.steps * training.batch_size * length
     flops = cost.flops / (micro * length) * tokens
     return PlannedTraining(
@@ -228,17 +230,17 @@ def _memory(cost: PassCost, training: TrainingConfig, processes: int, logits: in
     stage, offloaded = training.zero_stage, training.offload_optimizer != "none"
     weights = FP32 * cost.parameters // (processes if stage == 3 else 1)
     gradients = FP32 * cost.trained // (processes if stage >= 2 else 1)
-    stepped = cost.trained // (processes if stage >= 1 else 1)
-    optimizer = 0 if offloaded else 2 * FP32 * stepped
+    share = processes if stage >= 1 else 1
+    optimizer = FP32 * cost.optimizer // share
     activations = max(cost.kept, logits)
     return Memory(
         weights=weights,
         gradients=gradients,
-        optimizer=optimizer,
+        optimizer=0 if offloaded else optimizer,
         copies=cost.copies,
         activations=activations,
-        total=weights + gradients + optimizer + cost.copies + activations,
-        host=4 * FP32 * stepped if offloaded else 0,
+        total=weights + gradients + (0 if offloaded else optimizer) + cost.copies + activations,
+        host=2 * FP32 * cost.trained // share + optimizer if offloaded else 0,
     )
 
 

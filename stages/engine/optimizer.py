@@ -58,6 +58,12 @@ def build_optimizers(module: nn.Module, config: TrainingConfig) -> list[Optimize
     return [muon, _adamw(rest, config)] if rest else [muon]
 
 
+def numbers_kept(module: nn.Module, config: TrainingConfig) -> int:
+    """How many numbers the optimizers keep of what is trained: AdamW two for each weight, Muon one."""
+    inside = _matrices_of_layers(module) if config.optimizer == "muon" else []
+    return 2 * sum(p.numel() for p in trained(module).values()) - sum(p.numel() for p in inside)
+
+
 def _adamw(parameters: Collection[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -25,6 +25,7 @@ class PassCost:
 
     parameters: int  # all that are there, frozen ones too
     trained: int
+    optimizer: int  # numbers that the optimizer keeps of them
     flops: float  # forward and backward, with what is computed twice
     kept: int  # bytes of activations between forward and backward, and of the largest gradients of one of them
     copies: int  # bytes of the weights in half precision, which autocast makes and keeps with them
@@ -42,12 +43,19 @@ class Kept:
 
 
 def cost_of_pass(
-    make: Callable[[], nn.Module], rows: int, length: int, *, half: bool, recompute: bool = False
+    make: Callable[[], nn.Module],
+    rows: int,
+    length: int,
+    *,
+    half: bool,
+    recompute: bool = False,
+    numbers_kept: Callable[[nn.Module], int] = lambda module: 0,
 ) -> PassCost:
     """Cost of `make()(ids)["loss"].backward()` for int64 ids [rows, length + 1].
 
     half: under autocast, to bf16 or fp16; both have two bytes
     recompute: with activation checkpointing
+    numbers_kept: by the optimizer, of such a module
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = make()
@@ -62,6 +70,7 @@ def cost_of_pass(
         return PassCost(
             parameters=sum(parameter.numel() for parameter in parameters),
             trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            optimizer=numbers_kept(module),
             flops=float(counter.get_total_flops()),
             kept=sum(kept.activations.values()) + max(2 * whole.largest, again),
             copies=sum(whole.copies.values()),  # autocast holds those of trained weights, also where they are not kept
