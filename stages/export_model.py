@@ -2,6 +2,7 @@
 
 - seed, dense and experts are decoders with all their weights; so is the average of the experts
 - a LoRA expert leaves as the model it makes of the seed, or as the adapter alone, with the tokenizer beside it
+- a chat template, and the tokens that end an answer, that the seed was imported with go with all that comes of it
 - fp32 and bf16 hold what the run holds, the latter rounded; what is too large for fp16 is refused
 """
 
@@ -22,7 +23,7 @@ from schemas.decoder import DecoderConfig
 from schemas.export_model import ExportConfig, ExportManifest, ExportMetrics
 from schemas.failures import InputFailure, UsageFailure
 from schemas.files import FileRef, write_bytes
-from schemas.manifest import InputRef, Manifest, key_of
+from schemas.manifest import FILE_NAME, InputRef, Manifest, key_of
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsManifest
 from schemas.train_seed import SeedManifest
@@ -30,7 +31,14 @@ from stages.artifacts.adapter_folder import read_adapter, seed_from, write_adapt
 from stages.artifacts.environment import environment
 from stages.artifacts.export_folder import ExportFolder
 from stages.artifacts.locks import turn_by_turn
-from stages.artifacts.model_folder import WeightType, read_model, write_model, write_tokenizer
+from stages.artifacts.model_folder import (
+    CHAT_TEMPLATE,
+    GENERATION,
+    WeightType,
+    read_model,
+    write_model,
+    write_tokenizer,
+)
 from stages.artifacts.run_models import Weights, expert_folder, read_expert
 
 TYPES: dict[str, WeightType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -40,7 +48,9 @@ TOKENS = ("bos_token_id", "eos_token_id")
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a model, or several of which the mean is, and the seed where they are adapters over it."""
+    """What is exported: a model, or several of which the mean is; and the seed where they are adapters over it, or
+    something goes with it.
+    """
 
     run_dir: Path
     tokens: TokenizeManifest
@@ -51,12 +61,13 @@ class Source:
     def find(cls, model: str, run_dir: Path) -> "Source":
         """Read the manifests. Raises UsageFailure when what makes the model has not run."""
         tokens, members = TokenizeManifest.read(run_dir), _members(model, run_dir)
-        seed = SeedManifest.read(run_dir) if any(map(_is_lora, members.values())) else None
-        return cls(run_dir, tokens, members, seed)
+        needed = any(map(_is_lora, members.values()))
+        seed = SeedManifest.read(run_dir) if needed or (run_dir / SeedManifest.folder / FILE_NAME).is_file() else None
+        return cls(run_dir, tokens, members, seed if needed or _companions(seed) else None)
 
     def inputs(self) -> list[InputRef]:
         """All it is made from."""
-        seed = [self.seed.as_input()] if self.seed else []
+        seed = [self.seed.as_input()] if self.seed and SeedManifest.folder not in self.members else []
         members = [member.as_input(folder) for folder, member in self.members.items()]
         return [self.tokens.as_input(), *members, *seed]
 
@@ -74,9 +85,18 @@ class Source:
             return read_expert(self.run_dir, folder, self.seed, lambda: self.seed_weights)
         return read_model(self.run_dir, member, folder)
 
+    def companions(self) -> dict[str, bytes]:
+        """What was imported beside the seed, by name, for all that comes from it."""
+        return {name: ref.check(self.run_dir).read_bytes() for name, ref in _companions(self.seed).items()}
+
     def tokenizer(self) -> bytes:
         """The content of `tokenizer.json`."""
         return self.tokens.output("tokenizer.json").check(self.run_dir).read_bytes()
+
+
+def _companions(seed: SeedManifest | None) -> dict[str, FileRef]:
+    names = {ref.path.rsplit("/", 1)[-1]: ref for ref in seed.outputs} if seed else {}
+    return {name: names[name] for name in (CHAT_TEMPLATE, GENERATION) if name in names}
 
 
 def _members(model: str, run_dir: Path) -> dict[str, Manifest]:
@@ -127,9 +147,16 @@ def _write_model(config: ExportConfig, folder: Path, source: Source) -> tuple[li
     tokenizer, limit = source.tokenizer(), config.max_shard_bytes
     written = write_model(folder, folder, shape, weights, end, tokenizer, dtype=dtype, max_shard_bytes=limit)
     ids = {name: value for name, value in shape.to_huggingface(end).items() if name in TOKENS}
+    companions = source.companions()
+    ids |= json.loads(companions.get(GENERATION, b"{}"))
     text = json.dumps(ids, indent=2, sort_keys=True)
-    written.append(write_bytes(folder / "generation_config.json", text.encode(), folder))
+    written += [write_bytes(folder / GENERATION, text.encode(), folder), *_chat_template(folder, companions)]
     return written, _metrics(written, shape, weights.values())
+
+
+def _chat_template(folder: Path, companions: Mapping[str, bytes]) -> list[FileRef]:
+    content = companions.get(CHAT_TEMPLATE)
+    return [] if content is None else [write_bytes(folder / CHAT_TEMPLATE, content, folder)]
 
 
 def _mean(models: Sequence[Weights]) -> Weights:
@@ -154,6 +181,7 @@ def _write_adapter(config: ExportConfig, folder: Path, source: Source) -> tuple[
     written = write_adapter(folder, folder, base, expert.config.lora, found, TYPES[config.dtype])
     end = source.tokens.metrics.end_of_text
     written += write_tokenizer(folder, folder, shape.to_huggingface(end), source.tokenizer())
+    written += _chat_template(folder, source.companions())
     return written, _metrics(written, shape, [tensor for _, tensor in tensors])
 
 

@@ -4,8 +4,11 @@
 - the run's tokens must be the model's: made with the tokenizer that lies beside it, though unused tokens may have been
   renamed to concept tokens
 - weights are kept in fp32, which holds bf16 and fp16 exactly
+- a chat template and the tokens that end an answer are kept as text, for whoever uses an export; nothing here runs them
 """
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,8 +16,9 @@ from tokenizers import Tokenizer
 
 from schemas.decoder import DecoderConfig
 from schemas.failures import InputFailure, UsageFailure
+from schemas.files import write_bytes
 from schemas.import_model import ImportConfig, ImportManifest, ImportMetrics
-from schemas.manifest import FILE_NAME
+from schemas.manifest import FILE_NAME, InputRef
 from schemas.tokenize_text import TokenizeManifest
 from stages.artifacts.huggingface_folder import PRECISIONS, HuggingFaceFolder, StoredTensor, local_folder
 from stages.artifacts.model_folder import write_model
@@ -35,7 +39,8 @@ def run(config: ImportConfig, run_dir: Path, *, force: bool = False) -> ImportMa
     shape, stored = folder.config(), folder.tensors()
     shapes = _shapes(shape, stored)
     folder.check(stored, shapes)  # before anything is hashed, which takes long
-    inputs = [tokens.as_input(), *folder.as_inputs()]
+    companions = folder.companions(tokens.metrics.end_of_text, shape.vocab_size)
+    inputs = [tokens.as_input(), *folder.as_inputs(), *_as_inputs(companions)]
     with claim_folder(run_dir, ImportManifest, config, inputs, force=force) as claim:
         if claim.finished:
             return claim.finished
@@ -44,6 +49,8 @@ def run(config: ImportConfig, run_dir: Path, *, force: bool = False) -> ImportMa
         tokenizer = tokens.output("tokenizer.json").check(run_dir).read_bytes()
         end = tokens.metrics.end_of_text
         outputs = write_model(claim.path, run_dir, shape, weights, end, tokenizer) if claim.leader else []
+        if claim.leader:
+            outputs += [write_bytes(claim.path / name, content, run_dir) for name, content in companions.items()]
         return claim.finish(
             outputs,
             ImportMetrics(
@@ -60,6 +67,14 @@ def _tokens(run_dir: Path, folder: HuggingFaceFolder) -> TokenizeManifest:
     if not (run_dir / TokenizeManifest.folder / FILE_NAME).is_file():
         raise UsageFailure(f"no tokens in {run_dir}: run `{_tokenize(run_dir, folder)}` first")
     return TokenizeManifest.read(run_dir)
+
+
+def _as_inputs(companions: Mapping[str, bytes]) -> list[InputRef]:
+    """By what is taken over: the same template may stand in one file or in another."""
+    return [
+        InputRef(name=name, digest=f"sha256:{hashlib.sha256(content).hexdigest()}")
+        for name, content in companions.items()
+    ]
 
 
 def _tokenize(run_dir: Path, folder: HuggingFaceFolder, more: str = "") -> str:

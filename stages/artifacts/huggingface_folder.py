@@ -21,7 +21,7 @@ from schemas.decoder import DecoderConfig
 from schemas.failures import InputFailure, UsageFailure
 from schemas.files import digest_of
 from schemas.manifest import InputRef
-from stages.artifacts.model_folder import INDEX, WEIGHTS
+from stages.artifacts.model_folder import CHAT_TEMPLATE, END, GENERATION, INDEX, WEIGHTS
 
 SCHEME = "hf"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -85,6 +85,49 @@ class HuggingFaceFolder:
         index = [self._index_path] if self._index_path else []
         paths = [self._config_path, self.tokenizer_path, *index, *self._weight_paths]
         return [InputRef(name=path.name, digest=digest_of(path)) for path in paths]
+
+    def companions(self, end_of_text: int, ids: int) -> dict[str, bytes]:
+        """Files that go with the model wherever it goes, by name: its chat template, and which tokens end an answer.
+
+        Both are text that nothing here runs. Of the latter there is none where it is `end_of_text` alone.
+        ids: how many the model has. Raises InputFailure for what is neither.
+        """
+        found = {}
+        if (template := self._chat_template()) is not None:
+            found[CHAT_TEMPLATE] = template
+        if (path := self._optional(GENERATION)) and (ends := _read_json(path).get(END)) is not None:
+            listed = ends if isinstance(ends, list) else [ends]
+            if not listed or not all(type(end) is int and 0 <= end < ids for end in listed):
+                raise InputFailure(f"{path}: {END} is {ends!r:.80}; expected ids of tokens below {ids}")
+            if set(listed) != {end_of_text}:
+                found[GENERATION] = (json.dumps({END: listed}, indent=2) + "\n").encode()
+        return found
+
+    def _chat_template(self) -> bytes | None:
+        """In a file of its own, or as older folders have it, in tokenizer_config.json; of several the default one."""
+        if path := self._optional(CHAT_TEMPLATE):
+            content = _read_text(path)
+            try:
+                content.decode()
+            except UnicodeDecodeError as error:
+                raise InputFailure(f"{path} is not UTF-8 text") from error
+            return content
+        if not (path := self._optional("tokenizer_config.json")):
+            return None
+        found = _read_json(path).get("chat_template")
+        if isinstance(found, list):
+            found = next((each.get("template") for each in found if isinstance(each, dict) and _is_default(each)), None)
+        if found is None:
+            return None
+        if not isinstance(found, str):
+            raise InputFailure(f"{path}: chat_template is {found!r:.80}; expected text")
+        try:
+            return found.encode()
+        except UnicodeEncodeError as error:
+            raise InputFailure(f"{path}: chat_template is no text that UTF-8 can hold") from error
+
+    def _optional(self, name: str) -> Path | None:
+        return _member(self.folder, name) if os.path.lexists(self.folder / name) else None
 
     def tensors(self) -> dict[str, StoredTensor]:
         """The tensors stored, from the headers alone. Raises InputFailure when shards and index disagree."""
@@ -158,11 +201,19 @@ def _no_weights(folder: Path) -> InputFailure:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _is_default(template: Mapping[str, Any]) -> bool:
+    return template.get("name") == "default"
+
+
+def _read_text(path: Path) -> bytes:
     if path.stat().st_size > MAX_JSON:
         raise InputFailure(f"{path} is larger than {MAX_JSON >> 20} MiB; that is no {path.name}")
+    return path.read_bytes()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputFailure(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):

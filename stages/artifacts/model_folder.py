@@ -24,6 +24,8 @@ from schemas.manifest import Manifest
 MODEL = "model"  # begins the names of a model's weight files
 WEIGHTS = f"{MODEL}.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"  # may go with a model
+END = "eos_token_id"
 WeightType = Literal["float32", "bfloat16", "float16"]
 # In the order of safetensors, which begins a file with those that come last here.
 TYPES = (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.int32, torch.float32, torch.int64)

@@ -7,9 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from schemas.compose_model import BridgeConfig, BridgeTraining, CentralShape, ComposeConfig
+from schemas.export_model import ExportConfig
 from schemas.failures import Failure, InputFailure, StaleFailure, UsageFailure
 from schemas.generate_text import GenerateConfig
 from schemas.import_model import ImportConfig, ImportManifest
@@ -17,7 +18,16 @@ from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertsConfig
 from schemas.train_gates import GatesConfig
 from schemas.train_seed import SeedConfig, SeedManifest
-from stages import compose_model, evaluate_models, generate_text, import_model, train_experts, train_gates, train_seed
+from stages import (
+    compose_model,
+    evaluate_models,
+    export_model,
+    generate_text,
+    import_model,
+    train_experts,
+    train_gates,
+    train_seed,
+)
 from stages.artifacts.model_folder import read_model
 from stages.artifacts.run_models import RunModels
 from stages.nn.decoder import Decoder
@@ -281,6 +291,77 @@ FAULTS = {
     "a cut": (lambda folder: os.truncate(folder / "model.safetensors", 5000), "is not a safetensors file"),
     "tied but not equal": (config_with(tie_word_embeddings=True), "lm_head.weight is another matrix than model.embed"),
 }  # fmt: skip
+
+
+TEMPLATE = "{% for message in messages %}{{ cycler.__init__.__globals__ }}é{{ message['content'] }}\n{% endfor %}\n"
+
+
+def chat_in_a_file(folder):
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+
+
+def chat_in_the_config(folder):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "auto_map": "x.Y"}))
+
+
+def chat_among_several(folder):
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+
+
+@pytest.mark.parametrize("write", [chat_in_a_file, chat_in_the_config, chat_among_several])
+def test_a_chat_template_and_the_ends_of_an_answer_go_from_import_to_export(write, run_dir, a_copy, tmp_path):
+    write(a_copy)
+    rewrite(a_copy / "generation_config.json", lambda content: content.update(eos_token_id=[0, 7], temperature=0.6))
+    take(run_dir, a_copy)
+    assert (run_dir / "seed/chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
+    export_model.run(ExportConfig(folder=str(tmp_path / "out")), run_dir)
+    for folder in (run_dir / "seed", tmp_path / "out"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATE
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.generation_config.eos_token_id == [0, 7] and model.config.eos_token_id == 0
+    if write is chat_in_a_file:
+        (a_copy / "chat_template.jinja").write_text("other")
+        with pytest.raises(StaleFailure, match=r"its input chat_template\.jinja has changed"):
+            take(run_dir, a_copy)
+
+
+def test_experts_of_a_seed_with_a_chat_template_leave_with_it(run_dir, a_copy, training, tmp_path):
+    chat_in_a_file(a_copy)
+    take(run_dir, a_copy)
+    few = training.model_copy(update={"steps": 1})
+    train_experts.run(ExpertsConfig(training=few, dense=False, kind="lora"), run_dir)
+    for adapter in (False, True):
+        out = tmp_path / f"out-{adapter}"
+        export_model.run(ExportConfig(folder=str(out), model="experts/001", adapter=adapter), run_dir)
+        assert (out / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
+
+
+def test_without_them_nothing_is_added(run_dir, a_copy):
+    (a_copy / "tokenizer_config.json").write_text('{"chat_template": null}')
+    names = {ref.path.rsplit("/", 1)[-1] for ref in take(run_dir, a_copy).outputs}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8 text"),
+        ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is 3; expected text"),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', "chat_template is no text that UTF-8 can hold"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON"),
+        (
+            "generation_config.json",
+            b'{"eos_token_id": [0, 320]}',
+            "eos_token_id is [0, 320]; expected ids",
+        ),
+        ("generation_config.json", b'{"eos_token_id": true}', "eos_token_id is True; expected ids"),
+        ("generation_config.json", b'{"eos_token_id": []}', "eos_token_id is []; expected ids"),
+    ],
+)
+def test_companions_that_are_none_are_refused_in_one_line(name, content, words, run_dir, a_copy):
+    (a_copy / name).write_bytes(content)
+    assert words in refusal(run_dir, a_copy)
 
 
 def test_a_tied_output_layer_that_is_stored_too_is_no_matter(run_dir, a_copy):
