@@ -5,6 +5,7 @@
 - `on_error` is not either: a start that stopped at a bad line goes on with `--on-error skip` where it stopped
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -107,6 +108,11 @@ class Counts(Strict):
     documents: int = Field(ge=0, description="Documents.")
     tokens: int = Field(ge=0, description="Tokens, without separators.")
     bytes: int = Field(ge=0, description="Bytes of the text in UTF-8.")
+
+    @classmethod
+    def total(cls, counts: Sequence[Self]) -> Self:
+        """All of them together."""
+        return cls(**{name: sum(getattr(count, name) for count in counts) for name in cls.model_fields})
 
 
 class LeftOut(Strict):

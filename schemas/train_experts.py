@@ -1,16 +1,23 @@
-"""Settings and manifests of train-experts."""
+"""Settings and manifests of train-experts.
 
-from collections.abc import Iterator
+- where the text of an added domain lies is not in the key; what it holds is: each file's sha256 is an input
+"""
+
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from schemas.failures import UsageFailure
+from schemas.files import FileRef
 from schemas.manifest import Manifest
 from schemas.strict import Config, Strict, runtime_setting
+from schemas.tokenize_text import Counts, LeftOut, Split
 from schemas.training import TrainingConfig, TrainingMetrics
 
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of an added domain, and so of its folder
 LINEARS: tuple[Linear, ...] = get_args(Linear)  # of a layer, in the order in which they are reached
 
 
@@ -39,6 +46,15 @@ class LoraConfig(Config):
 class ExpertsConfig(Config):
     """Experts branched from the seed, one per cluster, and a dense baseline that sees as many tokens as all of them."""
 
+    data: tuple[str, ...] = Field(
+        (),
+        description="Text of the domain to --add, as for `cpipe tokenize`: files, folders or globs.",
+        json_schema_extra={"argument": True, "runtime": True},
+    )
+    add: str | None = runtime_setting(
+        None,
+        "Add an expert for one more domain, of this name, trained on the text given; all others stay as they are.",
+    )
     kind: Literal["full", "lora"] = Field(
         "full",
         description="Experts with all weights their own, or LoRA adapters over the weights of the seed.",
@@ -65,14 +81,34 @@ class ExpertsConfig(Config):
         gt=0,
     )
 
+    @field_validator("add")
+    @classmethod
+    def _is_a_word(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(NAME, name):
+            raise ValueError(f"--add {name!r} is no name: expected letters, digits, - and _, as in --add law")
+        return name
+
+    @model_validator(mode="after")
+    def _names_what_is_added(self) -> Self:
+        if self.add and not self.data:
+            raise ValueError(f"--add {self.add} names no text: give files, folders or globs after the run")
+        if self.data and not self.add:
+            raise ValueError(f"text is given ({self.data[0]}) and no domain to add: name it with --add")
+        if self.add and self.expert is not None:
+            raise ValueError("--add trains the expert it adds, and --expert names another: give one of them")
+        return self
+
     @model_validator(mode="after")
     def _adapters_are_of_lora(self) -> Self:
         if self.kind == "full" and self.lora != LoraConfig():
             raise ValueError("rank, alpha and targets are settings of --kind lora, and the kind is full")
         return self
 
-    def members(self, clusters: int) -> Iterator[tuple[str, "ExpertConfig"]]:
-        """The folder and the settings of every member. Raises UsageFailure where the batch does not divide."""
+    def members(self, clusters: int, added: Sequence[tuple[int, str]] = ()) -> Iterator[tuple[str, "ExpertConfig"]]:
+        """The folder and the settings of every member. Raises UsageFailure where the batch does not divide.
+
+        `added`: number and name of each domain that came later.
+        """
         whole = self.training
         if whole.batch_size % clusters:
             raise UsageFailure(
@@ -83,6 +119,8 @@ class ExpertsConfig(Config):
         lora = self.lora if self.kind == "lora" else None
         for cluster in range(clusters):
             yield f"experts/{cluster:03d}", ExpertConfig(cluster=cluster, lora=lora, training=share)
+        for number, name in added:
+            yield f"experts/{number:03d}", ExpertConfig(cluster=None, added=name, lora=lora, training=share)
         if self.dense:
             yield "dense", ExpertConfig(cluster=None, lora=None, training=whole)
 
@@ -90,9 +128,16 @@ class ExpertsConfig(Config):
 class ExpertConfig(Config):
     """One member: what it is trained on, and how."""
 
-    cluster: int | None = Field(ge=0, description="The cluster whose documents it sees; None for all of them.")
+    cluster: int | None = Field(ge=0, description="The cluster whose documents it sees; None for other text.")
+    added: str | None = Field(
+        None, description="The added domain whose text it sees; None and no cluster: all documents of the run."
+    )
     lora: LoraConfig | None = Field(None, description="Its adapters over the seed; None: all its weights are its own.")
     training: TrainingConfig = Field(description="The training settings, with its own share of the batch.")
+
+    def key_settings(self) -> dict[str, Any]:
+        """See Config; `added` only where there is something: experts of clusters have the keys they had without it."""
+        return {name: value for name, value in super().key_settings().items() if name != "added" or value is not None}
 
 
 class ExpertMetrics(Strict):
@@ -112,6 +157,40 @@ class ExpertManifest(Manifest):
 
     config: ExpertConfig
     metrics: ExpertMetrics
+
+
+class AddedConfig(Config):
+    """A domain that came later. How its text is read follows from the run's tokens, which are an input."""
+
+    name: str = Field(pattern=f"^{NAME}$", description="What it is called: the source of its documents.")
+    expert: int = Field(ge=0, description="The number of its expert, after those of the clusters.")
+
+
+class AddedMetrics(Strict):
+    """What was read and what came out."""
+
+    train: Counts = Field(description="What its expert is trained on.")
+    valid: Counts = Field(description="Held out.")
+    left_out: LeftOut = Field(description="Documents read and not kept.")
+    lossy: int = Field(ge=0, description="Documents the tokenizer does not give back as they were.")
+    encoder: str = Field(description="Library that made the token ids, with its version.")
+
+
+class AddedManifest(Manifest):
+    """Manifest of `added/law/`: train-00000.arrow …, valid-00000.arrow …, centroid.safetensors.
+
+    centroid.safetensors holds `centroid` [dimensions], the mean vector of its training documents, to route by.
+    """
+
+    command: ClassVar[str] = "train-experts"
+    folder: ClassVar[str] = "added"
+
+    config: AddedConfig
+    metrics: AddedMetrics
+
+    def shards(self, split: Split) -> list[FileRef]:
+        """The token shards of `split`, in the order of the documents."""
+        return [ref for ref in self.outputs if ref.path.rsplit("/", 1)[-1].startswith(f"{split}-")]
 
 
 class ExpertsMetrics(Strict):

@@ -170,8 +170,8 @@ def _outputs(merged: Merged, folder: Path, run_dir: Path) -> list[FileRef]:
 
 
 def _metrics(corpus: Corpus, merged: Merged, segments: Sequence[Segment], encoder: Encoder) -> TokenizeMetrics:
-    splits = {split: _total([of[split] for of in merged.sources.values() if split in of]) for split in SPLITS}
-    whole = _total(list(splits.values()))
+    splits = {split: Counts.total([of[split] for of in merged.sources.values() if split in of]) for split in SPLITS}
+    whole = Counts.total(list(splits.values()))
     for split in SPLITS:
         if not splits[split].documents:
             raise _empty_split(corpus, merged, whole.documents, split)
@@ -181,16 +181,12 @@ def _metrics(corpus: Corpus, merged: Merged, segments: Sequence[Segment], encode
         concept_tokens=encoder.ids([CONCEPT.format(number) for number in range(corpus.config.concept_tokens)]),
         train=splits["train"],
         valid=splits["valid"],
-        sources={source: _total(list(of.values())) for source, of in merged.sources.items()},
+        sources={source: Counts.total(list(of.values())) for source, of in merged.sources.items()},
         left_out=merged.left_out,
         lossy=sum(segment.lossy for segment in segments),
         bytes_per_token=round(whole.bytes / whole.tokens, 4),
         encoder=", ".join(sorted({segment.encoder for segment in segments})),
     )
-
-
-def _total(counts: Sequence[Counts]) -> Counts:
-    return Counts(**{name: sum(getattr(count, name) for count in counts) for name in Counts.model_fields})
 
 
 def _empty_split(corpus: Corpus, merged: Merged, documents: int, split: str) -> InputFailure:

@@ -8,20 +8,29 @@
 - a LoRA expert trains and keeps adapters over the seed only; the dense baseline beside it stays a full model
 - where `cpipe cluster` wrote token shards for each cluster, an expert reads its own and no others, so it can be trained
   on a machine that has only them, and ends with the same weights
+- an expert can come later, for a domain with text of its own (`added/law/`): it has the number after the others, and
+  nothing of theirs is touched. Its text is kept as tokens, so that it can be trained again without the user's files
 """
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from schemas.changes import changed_inputs
 from schemas.cluster_documents import ClusterManifest
-from schemas.failures import UsageFailure
+from schemas.failures import StaleFailure, UsageFailure
 from schemas.files import FileRef
+from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, InputRef
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import (
+    AddedConfig,
+    AddedManifest,
     ExpertConfig,
     ExpertManifest,
     ExpertMetrics,
@@ -32,9 +41,13 @@ from schemas.train_experts import (
 )
 from schemas.train_seed import SeedManifest
 from stages.artifacts.adapter_folder import seed_from, write_adapter
-from stages.artifacts.model_folder import read_model, write_model
+from stages.artifacts.added_domains import added_folder, begun_domains
+from stages.artifacts.model_folder import read_model, read_tensors, write_model, write_tensors
 from stages.artifacts.stage_folder import claim_folder
+from stages.clustering.routing import centroid_of
+from stages.data.added_text import drop_work, encode_added
 from stages.data.batches import Rows
+from stages.data.corpus import STDIN, find_corpus
 from stages.data.pieces import over_text
 from stages.data.token_store import TokenStore, read_table
 from stages.engine.loop import train
@@ -47,17 +60,29 @@ Upstream = tuple[TokenizeManifest, ClusterManifest, SeedManifest]
 
 
 def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> ExpertsManifest | ExpertManifest:
-    """Train all members that are missing, or the one `config.expert` names."""
+    """Train all members that are missing, or the one `config.expert` names; with `config.add` there is one more.
+
+    force: train again what is asked for, which with `config.add` is the added expert alone
+    """
     upstream = TokenizeManifest.read(run_dir), ClusterManifest.read(run_dir), SeedManifest.read(run_dir)
-    members = dict(config.members(upstream[1].config.clusters))
+    if config.add:
+        _add(config.add, config.data, run_dir, upstream, force)
+    members = dict(config.members(upstream[1].config.clusters, _domains(run_dir, upstream)))
+    forced = {folder for folder, member in members.items() if force and config.add in (None, member.added)}
     if config.expert is not None:
         folder = config.expert if config.expert == "dense" else f"experts/{int(config.expert):03d}"
         if folder not in members:
             raise UsageFailure(f"--expert {config.expert} is not one of {', '.join(members)}")
         return _train_member(folder, members[folder], run_dir, upstream, force)
-    missing = [folder for folder in members if force or not _is_finished(folder, members[folder], run_dir, upstream)]
+    missing = [
+        folder for folder in members if folder in forced or not _is_finished(folder, members[folder], run_dir, upstream)
+    ]
     trainings = [
-        Member(folder, partial(_train_member, folder, members[folder], run_dir, upstream, force), _log(run_dir, folder))
+        Member(
+            folder,
+            partial(_train_member, folder, members[folder], run_dir, upstream, folder in forced),
+            _log(run_dir, folder),
+        )
         for folder in missing
     ]
     trained = train_members(trainings, min(members_at_once(config.parallel), len(members)))
@@ -65,13 +90,72 @@ def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> Experts
     return _finish(config, run_dir, finished)
 
 
+def _add(name: str, data: Sequence[str], run_dir: Path, upstream: Upstream, force: bool) -> None:
+    """Write the tokens of the domain and its centroid to `added/<name>`."""
+    tokens, clusters, _ = upstream
+    if launched_as().world > 1:
+        raise UsageFailure(f"--add {name} is for one process: start it without the launcher")
+    corpus = find_corpus(tokens.config.model_copy(update={"inputs": data}), run_dir)
+    inputs = [tokens.as_input(), clusters.as_input(), *corpus.inputs()]
+    config = AddedConfig(name=name, expert=_number(name, run_dir, clusters.config.clusters))
+    with claim_folder(run_dir, AddedManifest, config, inputs, folder=added_folder(name), force=force) as claim:
+        manifest = claim.finished
+        if manifest is None:
+            tokenizer = tokens.output("tokenizer.json").check(run_dir)
+            shards, metrics = encode_added(corpus, claim.path, run_dir, tokenizer, tokens.metrics.end_of_text, name)
+            manifest = claim.finish([*shards, _write_centroid(shards, claim.path, run_dir, clusters)], metrics)
+        drop_work(claim.path, manifest.outputs)
+    shutil.rmtree(run_dir / STDIN, ignore_errors=True)
+
+
+def _write_centroid(shards: Sequence[FileRef], folder: Path, run_dir: Path, clusters: ClusterManifest) -> FileRef:
+    """The mean vector of the training documents, among those of the clusters."""
+    store = TokenStore.open([ref.check(run_dir) for ref in shards if Path(ref.path).name.startswith("train")])
+    vectors = read_tensors(clusters.output("vectorizer.safetensors").check(run_dir))["token_vectors"].numpy()
+    centroid = centroid_of((store.tokens(number) for number in range(len(store))), vectors)
+    return write_tensors(folder / "centroid.safetensors", {"centroid": torch.from_numpy(centroid)}, run_dir, "centroid")
+
+
+def _number(name: str, run_dir: Path, clusters: int) -> int:
+    """The number that the domain has, or the first after the clusters that no other has."""
+    taken = {domain.config.name: domain.config.expert for domain in begun_domains(run_dir)}
+    if taken.get(name, -1) >= clusters:
+        return taken[name]
+    return next(number for number in count(clusters) if number not in taken.values())
+
+
+def _domains(run_dir: Path, upstream: Upstream) -> list[tuple[int, str]]:
+    """Number and name of the added domains. Raises StaleFailure when one was made for other clusters or tokens than are there now."""
+    tokens, clusters, _ = upstream
+    found = begun_domains(run_dir)
+    for number, domain in enumerate(found, clusters.config.clusters):
+        changed = [*changed_inputs(domain.inputs[:2], [tokens.as_input(), clusters.as_input()])]
+        if domain.config.expert != number:
+            changed.append(f"it is for expert {domain.config.expert} where {number} comes next")
+        if changed:
+            name = domain.config.name
+            raise StaleFailure(
+                f"{run_dir / added_folder(name)} is finished, but {changed[0]}: "
+                f"give --add {name} with its text and --force to do it again, or remove the folder"
+            )
+    return [(domain.config.expert, domain.config.name) for domain in found]
+
+
 def _is_finished(folder: str, config: ExpertConfig, run_dir: Path, upstream: Upstream) -> bool:
     """Whether there is nothing to do. Raises StaleFailure before anything is trained, where there is something else."""
     if not (run_dir / folder / FILE_NAME).exists():
         return False
-    inputs = [manifest.as_input() for manifest in upstream]
+    inputs = _inputs(config, run_dir, upstream)
     with claim_folder(run_dir, ExpertManifest, config, inputs, folder=folder) as claim:
         return claim.finished is not None
+
+
+def _inputs(config: ExpertConfig, run_dir: Path, upstream: Upstream) -> list[InputRef]:
+    found = [manifest.as_input() for manifest in upstream]
+    if config.added is None:
+        return found
+    name = added_folder(config.added)
+    return [*found, AddedManifest.read(run_dir, name).as_input(name)]
 
 
 def _log(run_dir: Path, folder: str) -> Path:
@@ -81,14 +165,14 @@ def _log(run_dir: Path, folder: str) -> Path:
 
 def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Upstream, force: bool) -> ExpertManifest:
     tokens, clusters, seed = upstream
-    inputs = [manifest.as_input() for manifest in upstream]
+    inputs = _inputs(config, run_dir, upstream)
     with claim_folder(run_dir, ExpertManifest, config, inputs, folder=folder, force=force) as claim:
         if claim.finished:
             return claim.finished
         # The manifest of all members says that each is finished: from here on one is not.
         (run_dir / ExpertsManifest.folder / FILE_NAME).unlink(missing_ok=True)
         training = config.training
-        store, documents = _documents(config.cluster, run_dir, tokens, clusters)
+        store, documents = _documents(config, run_dir, tokens, clusters)
         rows = Rows(store, tokens.metrics.end_of_text, training.sequence_length, documents)
         decoder = _from_seed(run_dir, seed, config)
         decoder.separator = tokens.metrics.end_of_text if training.mask_documents else None
@@ -114,12 +198,16 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
 
 
 def _documents(
-    cluster: int | None, run_dir: Path, tokens: TokenizeManifest, clusters: ClusterManifest
+    config: ExpertConfig, run_dir: Path, tokens: TokenizeManifest, clusters: ClusterManifest
 ) -> tuple[TokenStore, np.ndarray | None]:
-    """A store and the numbers in it of the documents of `cluster`, those it shares among them; None for all.
+    """A store and the numbers in it of the documents of the cluster, those it shares among them; None for all.
 
     The shards of the cluster, where it has its own, hold the same documents in the same order as the whole store.
     """
+    cluster = config.cluster
+    if config.added:
+        domain = AddedManifest.read(run_dir, added_folder(config.added))
+        return TokenStore.open([ref.check(run_dir) for ref in domain.shards("train")]), None
     if cluster is not None and (own := clusters.shards(cluster, "train")):
         return TokenStore.open([ref.check(run_dir) for ref in own]), None
     store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])

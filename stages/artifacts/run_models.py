@@ -16,10 +16,12 @@ from schemas.compose_model import BridgeConfig, CentralAloneManifest, CentralCon
 from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME, InputRef, Manifest
+from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsManifest
 from schemas.train_gates import GateMode, GatesManifest, Place, label_of
 from schemas.train_seed import SeedManifest
 from stages.artifacts.adapter_folder import read_adapted, read_adapter
+from stages.artifacts.added_domains import added_domains, added_labels, text_of_all
 from stages.artifacts.model_folder import WEIGHTS, read_model, read_tensors
 
 Weights = tuple[DecoderConfig, dict[str, Tensor]]
@@ -57,6 +59,14 @@ class RunModels:
             _maybe(CentralAloneManifest, run_dir, CentralAloneManifest.folder),
             compositions,
         )
+
+    def held_out_text(self, tokens: TokenizeManifest) -> list[Path]:
+        """The token shards of held-out text, checked, those of added domains last."""
+        return text_of_all(self.run_dir, tokens, "valid")
+
+    def with_added_labels(self, labels: np.ndarray) -> np.ndarray:
+        """The cluster of each document of `held_out_text`, given those of the run's; added ones have their expert's."""
+        return np.append(labels, added_labels(self.run_dir, "valid"))
 
     def window_length(self, shape: DecoderConfig) -> int:
         """Tokens to score at a time: what the seed was trained on, but where it came from elsewhere, the experts."""
@@ -168,10 +178,12 @@ class RunModels:
 
 
 def routing_tensors(run_dir: Path, clusters: ClusterManifest) -> tuple[np.ndarray, np.ndarray]:
-    """Token vectors [vocabulary, d] and centroids [k, d] that tell which experts a text is for."""
+    """Token vectors [vocabulary, d] and centroids [experts, d], added ones last, that tell which a text is for."""
     token_vectors = read_tensors(clusters.output("vectorizer.safetensors").check(run_dir))["token_vectors"]
     centroids = read_tensors(clusters.output("centroids.safetensors").check(run_dir))["centroids"]
-    return token_vectors.numpy(), centroids.numpy()
+    added = [domain.output("centroid.safetensors").check(run_dir) for domain in added_domains(run_dir)]
+    rows = [read_tensors(path)["centroid"][None].numpy() for path in added]
+    return token_vectors.numpy(), np.concatenate([centroids.numpy(), *rows])
 
 
 def read_expert(run_dir: Path, folder: str, seed: SeedManifest, seed_decoder: Callable[[], Weights]) -> Weights:

@@ -19,8 +19,8 @@ import numpy as np
 
 from schemas.cluster_documents import ClusterConfig
 from stages.clustering.assignment import Documents, Numbers, in_chunks
-from stages.clustering.distances import Labels, nearest, squared_distances
-from stages.clustering.features import Floats, Tokens, normalised
+from stages.clustering.distances import Labels, means, nearest, squared_distances
+from stages.clustering.features import Floats, Tokens, document_vectors, normalised
 
 
 def prefix_sums(tokens: Tokens, token_vectors: Floats, before: Floats | None = None) -> Floats:
@@ -37,6 +37,12 @@ def prefix_sums(tokens: Tokens, token_vectors: Floats, before: Floats | None = N
 def prefix_vectors(tokens: Tokens, token_vectors: Floats) -> Floats:
     """Unit vectors [T, d]: row t is the vector of the tokens before position t; row 0 is zero."""
     return normalised(prefix_sums(tokens, token_vectors)[:-1])
+
+
+def centroid_of(documents: Iterable[Tokens], token_vectors: Floats) -> Floats:
+    """The mean [d] of the documents' unit vectors, as those of clusters are: shorter where they are scattered."""
+    vectors = document_vectors(documents, token_vectors)
+    return means(vectors, np.zeros(len(vectors), np.int32), 1)[0]
 
 
 def cluster_weights(vectors: Floats, centroids: Floats, temperature: float, top_k: int | None = None) -> Floats:

@@ -40,6 +40,7 @@ class Job:
     run_dir: Path
     tokenizer: Path
     end_of_text: str | None
+    source: str | None = None  # of all documents, whatever they say
 
     @property
     def skips(self) -> Path:
@@ -135,7 +136,7 @@ def _write_segment(
         for item in encoded:
             document = item.document
             split = split_of(document.group, job.corpus.config.valid_fraction)
-            writers[split].add(document.id, document.source, document.size, item.tokens)
+            writers[split].add(document.id, job.source or document.source, document.size, item.tokens)
             table.add(item, SPLITS.index(split))
             lossy += item.lossy
             size += document.size
