@@ -34,6 +34,7 @@ from schemas.train_gates import (
     label_of,
 )
 from schemas.train_seed import SeedManifest
+from stages.artifacts.added_domains import begun_domains, domain_of, text_of_all
 from stages.artifacts.model_folder import device, read_model, read_tensors, write_tensors
 from stages.artifacts.run_models import Weights, expert_folder, read_expert, routed_parts
 from stages.artifacts.stage_folder import claim_folder
@@ -143,18 +144,22 @@ class Frozen:
     def _assigned(self) -> dict[str, np.ndarray]:
         return read_table(self.clusters.output("assignments-train.arrow").check(self.run_dir))
 
-    def rows(self, cluster: int | None) -> Rows:
-        """Rows of a cluster's documents, those it shares among them, or of all."""
-        table = self._assigned
-        documents = None
-        if cluster is not None:
-            documents = np.flatnonzero((table["cluster"] == cluster) | (table["second"] == cluster))
-        return Rows(self._store, self.end, self._training.sequence_length, documents)
+    def rows(self, expert: int | None) -> Rows:
+        """Rows of an expert's documents, those it shares among them, or of all."""
+        length, table = self._training.sequence_length, self._assigned
+        if expert is None:
+            return Rows(TokenStore.open(text_of_all(self.run_dir, self.tokens, "train")), self.end, length)
+        if domain := domain_of(self.run_dir, expert_folder(expert)):
+            own = TokenStore.open([ref.check(self.run_dir) for ref in domain.shards("train")])
+            return Rows(own, self.end, length)
+        documents = np.flatnonzero((table["cluster"] == expert) | (table["second"] == expert))
+        return Rows(self._store, self.end, length, documents)
 
 
 def _train_of_expert(expert: int, config: GatesConfig, frozen: Frozen, force: bool) -> GateManifest:
-    if expert >= frozen.clusters.config.clusters:
-        raise UsageFailure(f"--expert {expert} is not one of the {frozen.clusters.config.clusters} experts")
+    experts = frozen.clusters.config.clusters + len(begun_domains(frozen.run_dir))
+    if expert >= experts:
+        raise UsageFailure(f"--expert {expert} is not one of the {experts} experts")
     members = [
         (folder, member) for folder, member in _members(config, range(expert, expert + 1)) if member.expert == expert
     ]
