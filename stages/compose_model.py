@@ -33,6 +33,7 @@ from schemas.train_experts import ExpertsManifest
 from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedManifest
 from schemas.training import TrainingMetrics
+from stages.artifacts.added_domains import text_of_all
 from stages.artifacts.model_folder import WEIGHTS, checksum, read_model, read_tensors, write_tensors
 from stages.artifacts.run_models import expert_folder, read_expert
 from stages.artifacts.stage_folder import claim_folder
@@ -101,7 +102,8 @@ def _train_alone(config: CentralAloneConfig, run_dir: Path, upstream: Upstream, 
             return claim.finished
         training = config.training
         central = _new_central(config, run_dir, upstream.seed)
-        rows = _rows(run_dir, upstream.tokens, training.sequence_length)
+        shards = [ref.check(run_dir) for ref in upstream.tokens.shards("train")]
+        rows = Rows(TokenStore.open(shards), upstream.tokens.metrics.end_of_text, training.sequence_length)
         metrics = train(
             CentralLoss(central),
             rows.batches(training.batch_size, training.seed + 3),
@@ -170,15 +172,11 @@ def _train_with_experts(
     composed: ComposedModel, config: ComposeConfig, run_dir: Path, upstream: Upstream, folder: Path
 ) -> tuple[Usage, TrainingMetrics]:
     training = config.with_experts()
-    rows = _rows(run_dir, upstream.tokens, training.sequence_length)
+    shards = text_of_all(run_dir, upstream.tokens, "train")
+    rows = Rows(TokenStore.open(shards), upstream.tokens.metrics.end_of_text, training.sequence_length)
     batches = rows.batches(training.batch_size, training.seed + 4)
     metrics = train(ComposedLoss(composed), batches, training, folder, config.name)
     return _usage(composed.cpu(), batches(training.steps)), metrics
-
-
-def _rows(run_dir: Path, tokens: TokenizeManifest, length: int) -> Rows:
-    store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("train")])
-    return Rows(store, tokens.metrics.end_of_text, length)
 
 
 def _write(
