@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from loguru import logger
 from tokenizers import Tokenizer
@@ -88,18 +87,19 @@ class Evaluation:
         self.router = Router(*routing_tensors(run_dir, clusters), clusters.config.temperature)
         self.shape = models.decoder("seed")[0]
         self.length = length = models.window_length(self.shape)
-        store = TokenStore.open([ref.check(run_dir) for ref in tokens.shards("valid")])
+        store = TokenStore.open(models.held_out_text(tokens))
         others = config.fit_tokens if config.fit_temperature else 0
         self.windows, self.usage_windows, self.fit_windows = choose_windows(
             store, tokens.metrics.end_of_text, length, config.tokens, config.usage_tokens, others
         )
         documents = self.windows.documents
-        assigned = np.asarray(read_table(clusters.output("assignments-valid.arrow").check(run_dir))["cluster"])
+        table = read_table(clusters.output("assignments-valid.arrow").check(run_dir))
+        assigned = models.with_added_labels(table["cluster"])[documents]
         sources, starts = [store.sources[document] for document in documents], self.windows.starts
-        labels = [f"cluster {assigned[document]:03d}" for document in documents]
+        labels = [f"cluster {number:03d}" for number in assigned]
         self.table = ScoreTable(sources, labels, store.bytes[documents], starts)
         read = torch.cat(list(self.windows.inputs())).numpy()
-        self.routing = RoutingTable(sources, assigned[documents], starts, read, self.shape.vocab_size)
+        self.routing = RoutingTable(sources, assigned, starts, read, self.shape.vocab_size)
         self.tokenizer = Tokenizer.from_file(str(tokens.output("tokenizer.json").check(run_dir)))
         self.usage: list[UsageRow] = []
         self.fitted: FittedRouting | None = None

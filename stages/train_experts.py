@@ -125,7 +125,7 @@ def _number(name: str, run_dir: Path, clusters: int) -> int:
 
 
 def _domains(run_dir: Path, upstream: Upstream) -> list[tuple[int, str]]:
-    """Number and name of the added domains. Raises StaleFailure when one was made for other clusters or tokens than are there now."""
+    """Number and name of the added domains. Raises StaleFailure when one was made for other clusters or tokens."""
     tokens, clusters, _ = upstream
     found = begun_domains(run_dir)
     for number, domain in enumerate(found, clusters.config.clusters):
