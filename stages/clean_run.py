@@ -106,7 +106,7 @@ def _orphans(run_dir: Path) -> Iterator[Find]:
         return
     clusters = ClusterManifest.read(run_dir)
     experts = ExpertsManifest.read(run_dir)
-    if experts.metrics.experts != clusters.config.clusters:
+    if experts.metrics.experts < clusters.config.clusters:  # more where experts were added
         return
     for path in sorted((run_dir / ExpertsManifest.folder).iterdir()):
         if path.name.isdecimal() and int(path.name) >= experts.metrics.experts and path.is_dir():

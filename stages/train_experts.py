@@ -117,10 +117,11 @@ def _write_centroid(shards: Sequence[FileRef], folder: Path, run_dir: Path, clus
 
 
 def _number(name: str, run_dir: Path, clusters: int) -> int:
-    """The number that the domain has, or the first after the clusters that no other has."""
+    """The number that the domain has, if it is one that follows on the clusters, or the first that no other has."""
     taken = {domain.config.name: domain.config.expert for domain in begun_domains(run_dir)}
-    if taken.get(name, -1) >= clusters:
-        return taken[name]
+    own = taken.pop(name, -1)
+    if clusters <= own <= clusters + len(taken):
+        return own
     return next(number for number in count(clusters) if number not in taken.values())
 
 
