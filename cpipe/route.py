@@ -37,10 +37,13 @@ def route_command(run_argument: Any, as_json: Any) -> Any:
 
 
 def _names(run: Path) -> list[str]:
-    """A few terms of each expert's cluster."""
+    """A few terms of each expert's cluster, or the name of the domain it was added for."""
     from schemas.cluster_documents import ClusterManifest
+    from schemas.train_experts import ExpertManifest, ExpertsManifest
 
-    return [", ".join(cluster.top_terms[:4]) for cluster in ClusterManifest.read(run).metrics.clusters]
+    terms = [", ".join(cluster.top_terms[:4]) for cluster in ClusterManifest.read(run).metrics.clusters]
+    added = range(len(terms), ExpertsManifest.read(run).metrics.experts)
+    return [*terms, *(ExpertManifest.read(run, f"experts/{number:03d}").config.added or "" for number in added)]
 
 
 def _show(tokens: Sequence[RoutedToken], names: Sequence[str], why: bool) -> None:

@@ -19,7 +19,7 @@ from schemas.report_run import DERIVED
 from schemas.run_manifests import FROM_OUTSIDE, read_manifest
 from schemas.strict import Config
 from schemas.tokenize_text import TokenizeConfig, TokenizeManifest
-from schemas.train_experts import ExpertsConfig, ExpertsManifest
+from schemas.train_experts import AddedManifest, ExpertsConfig, ExpertsManifest
 from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedManifest
 
@@ -120,7 +120,9 @@ def _clusters(asked: Iterable[tuple[str, Config | None]], run_dir: Path) -> int 
 def _experts_step(config: ExpertsConfig, clusters: int | None, run_dir: Path, changing: Sequence[str]) -> Step:
     """Each member is finished or not, as asked for or not; what holds them together follows from them."""
     command, folder = ExpertsManifest.command, ExpertsManifest.folder
-    members = dict(config.members(clusters)) if clusters else {}
+    added = [AddedManifest.parse(path).config for path in sorted(run_dir.glob(f"{AddedManifest.folder}/*/{FILE_NAME}"))]
+    domains = sorted((domain.expert, domain.name) for domain in added)
+    members = dict(config.members(clusters, domains)) if clusters else {}
     if config.expert is not None:
         folder = config.expert if config.expert == "dense" else f"{folder}/{int(config.expert):03d}"
         members = {folder: members[folder]} if folder in members else {}
@@ -130,7 +132,10 @@ def _experts_step(config: ExpertsConfig, clusters: int | None, run_dir: Path, ch
         return _finished(command, folder, whys, inputs, changing)
     if not is_finished(run_dir, folder):
         return Step(command, folder, "run", (state_of(run_dir, folder),))
-    if missing := [name for name in members if name not in found]:
+    missing = [name for name in members if name not in found]
+    if config.add and config.add not in [name for _, name in domains]:
+        missing.append(f"{AddedManifest.folder}/{config.add}")
+    if missing:
         return Step(command, folder, "run", tuple(f"{name} is not finished" for name in missing))
     if config.expert is None:
         whole = read_manifest(run_dir, folder)

@@ -12,7 +12,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +28,11 @@ from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME, Manifest
 from schemas.plan_training import Memory, Plan, PlanConfig, PlannedTraining
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_experts import LoraConfig
-from schemas.train_gates import GateMode, GatesConfig
+from schemas.train_experts import ExpertsManifest, LoraConfig
+from schemas.train_gates import ALONE, GateMode, GatesConfig, Place, label_of
 from schemas.train_seed import SeedManifest
 from schemas.training import TrainingConfig
+from stages.artifacts.added_domains import added_domains
 from stages.artifacts.huggingface_folder import HuggingFaceFolder, local_folder
 from stages.engine.checkpoints import KEPT
 from stages.engine.engines import start_engine
@@ -41,10 +42,11 @@ from stages.engine.processes import find_place
 from stages.nn.central import CentralLoss, CentralModel
 from stages.nn.composed import ComposedLoss, ComposedModel
 from stages.nn.decoder import Decoder, NextTokenLoss
-from stages.nn.gate_losses import ContrastiveLoss, GateLoss
+from stages.nn.gate_losses import ContrastiveLoss, GateLoss, RoutedContrastiveLoss, RoutedLoss
 from stages.nn.gates import ExpertGates, SeedGate
-from stages.nn.lora import add_adapters
+from stages.nn.lora import adapters, add_adapters
 from stages.nn.planning import PassCost, cost_of_pass
+from stages.nn.routed import RoutedDecoder
 
 M = TypeVar("M", bound=Manifest)
 
@@ -72,7 +74,10 @@ def run(config: PlanConfig, run_dir: Path) -> Plan:
     experts = clusters.config.clusters if clusters else config.clusters
     text = tokens.metrics.train.tokens + tokens.metrics.train.documents if tokens else None  # an end after each
     speed = config.flops_per_second or _measure(first, shape, config.seconds)
-    jobs = _jobs(config, shape, experts, seed)
+    added = added_domains(run_dir) if _maybe(ExpertsManifest, run_dir) else []
+    parts = {domain.config.name: domain.metrics.train for domain in added}
+    shares = {name: (part.tokens + part.documents) / (text or 1) for name, part in parts.items()}
+    jobs = _jobs(config, shape, experts, seed, shares)
     planned = tuple(_plan(job, config.processes, shape, text, speed) for job in jobs)
     return Plan(
         trainings=planned,
@@ -126,22 +131,28 @@ def _seed_shape(
     )
 
 
-def _jobs(config: PlanConfig, shape: DecoderConfig, experts: int, seed: SeedManifest | None) -> Iterator[Job]:
+def _jobs(
+    config: PlanConfig, shape: DecoderConfig, experts: int, seed: SeedManifest | None, added: Mapping[str, float]
+) -> Iterator[Job]:
+    """The trainings. `added`: the text of each added domain, as a share of the run's."""
     decoder = partial(_next_token, shape)
     members = dict(config.experts.members(experts))
     if not _is_imported(config, seed):
         yield Job("seed", 1, decoder, config.seed.training)
     adapted = partial(_adapted, shape, config.experts.lora) if config.experts.kind == "lora" else decoder
-    yield Job("experts", experts, adapted, members["experts/000"].training, share=1 / experts)
+    share = members["experts/000"].training
+    yield Job("experts", experts, adapted, share, share=1 / experts)
+    for name, part in added.items():
+        yield Job(f"expert {name}", 1, adapted, share, share=part)
     if "dense" in members:
         yield Job("dense", 1, decoder, members["dense"].training)
-    for mode in config.gates.modes:
-        if mode == "mean-activation":
+    experts += len(added)
+    for place, mode in config.gates.kinds():
+        if mode in ("mean-activation", "arrow"):
             continue  # nothing is trained
-        alone = mode == "independent"
-        make = partial(_gate_loss, shape, 1 if alone else experts, mode, config.gates)
-        count, part = (experts, 1 / experts) if alone else (1, 1.0)
-        yield Job(f"gates {mode}", count, make, config.gates.training, share=part)
+        count, part = (experts, 1 / experts) if mode in ALONE else (1, 1.0)
+        make = partial(_gate_loss, shape, experts // count, place, mode, config)
+        yield Job(f"gates {label_of(place, mode)}", count, make, config.gates.training, share=part)
     told = set()
     for composition in config.compositions:
         central = CentralConfig.beside(composition.central, shape)
@@ -168,11 +179,30 @@ def _frozen(shape: DecoderConfig) -> Decoder:
     return Decoder(shape).requires_grad_(False)
 
 
-def _gate_loss(shape: DecoderConfig, experts: int, mode: GateMode, config: GatesConfig) -> nn.Module:
-    gates = _gates(shape, experts, mode, config)
+def _gate_loss(shape: DecoderConfig, experts: int, place: Place, mode: GateMode, config: PlanConfig) -> nn.Module:
+    if place != "expert":
+        decoder = _routed(shape, experts, place, mode, config)
+        return RoutedContrastiveLoss(decoder) if mode == "contrastive" else RoutedLoss(decoder)
+    gates = _gates(shape, experts, mode, config.gates)
     if mode == "contrastive":
         return ContrastiveLoss(gates, _frozen(shape))
     return GateLoss(gates, _frozen(shape), [_frozen(shape) for _ in range(experts)])
+
+
+def _routed(shape: DecoderConfig, experts: int, place: Place, mode: GateMode, config: PlanConfig) -> RoutedDecoder:
+    seed, lora = Decoder(shape).weights(), config.experts.lora
+    adapted = [adapters(add_adapters(Decoder(shape), lora, seed=0)) for _ in range(experts)]
+    full = [Decoder(shape).weights() for _ in range(experts)]
+    return RoutedDecoder.from_parts(
+        (shape, seed),
+        seed,
+        adapted if config.experts.kind == "lora" else [],
+        full if config.experts.kind == "full" else [],
+        place=place,
+        mode=mode,
+        memory=config.gates.reading.memory,
+        end_of_text=0,
+    )
 
 
 def _gates(shape: DecoderConfig, experts: int, mode: GateMode, config: GatesConfig) -> ExpertGates:

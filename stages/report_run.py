@@ -73,7 +73,7 @@ def _one(kind: type[Any], manifests: Manifests) -> Any:
 
 def _is_expert(manifest: Manifest) -> bool:
     """Whether it is one of many alike, shown together with the others."""
-    return isinstance(manifest, ExpertManifest) and manifest.config.cluster is not None
+    return isinstance(manifest, ExpertManifest) and (manifest.config.cluster, manifest.config.added) != (None, None)
 
 
 def _summary(manifests: Manifests) -> list[tuple[str, str]]:
