@@ -69,7 +69,7 @@ class TrainingResources(Resources):
 
 
 class JobResources(ArrayResources, TrainingResources):
-    """What one job asks for, everything resolved; and the table of the experts, which are an array and train."""
+    """What one job asks for, everything resolved; and the table of what is an array and trains."""
 
 
 class SlurmConfig(Resources):
@@ -95,7 +95,9 @@ class SlurmConfig(Resources):
     train_dense: TrainingResources = Field(
         TrainingResources(), alias="train-dense", description="Of the dense baseline; over the table of the experts."
     )
-    train_gates: TrainingResources = Field(TrainingResources(), alias="train-gates", description="Of the gates.")
+    train_gates: JobResources = Field(
+        JobResources(), alias="train-gates", description="Of each expert's gates, and of the job that trains the rest."
+    )
     compose: TrainingResources = Field(TrainingResources(), description="Of the central model and its bridges.")
     evaluate: Resources = Field(Resources(), description="Of the evaluation.")
 

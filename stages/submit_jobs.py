@@ -1,6 +1,7 @@
 """Make the pipeline jobs of Slurm: scripts in `slurm/` of a run, submitted with what each has to wait for.
 
-- how many tasks an array has is known from the settings: clusters and shards are counted before any stage has run
+- how many tasks an array has is known from the settings: clusters and shards are counted before any stage has run.
+  Experts that were added later are counted in the run
 - finished is what has a manifest with these settings; what is in the queue already is left there, and waited for
 - a job that waits for one that has to be submitted anew would wait in vain: it is taken out of the queue, and submitted
   anew itself
@@ -25,9 +26,12 @@ from schemas.strict import Config, explain
 from schemas.submit_jobs import FOLDER, RECORD, JobRecord, JobRow, JobsRecord, SubmitConfig
 from schemas.tokenize_text import ShareManifest, TokenizeConfig, TokenizeManifest
 from schemas.train_experts import ExpertsConfig, ExpertsManifest
+from schemas.train_gates import ALONE, GatesConfig, GatesManifest, label_of
+from stages.artifacts.added_domains import begun_domains
 from stages.artifacts.locks import turn_by_turn
 from stages.scheduling import job_queue
-from stages.scheduling.scripts import TASK, Job, Shell, array, job_name, ranges, render
+from stages.scheduling.limits import refuse_large_arrays, refuse_names
+from stages.scheduling.scripts import TASK, Job, Shell, array, as_path, job_name, ranges, render
 from stages.scheduling.todo import Todo, find_todo
 
 AFTER: dict[str, tuple[str, ...]] = {
@@ -50,10 +54,10 @@ def run(config: SubmitConfig, run_dir: Path, *, force: bool = False) -> list[Job
     with turn_by_turn(run_dir, FOLDER):
         todo = find_todo(find_progress(_asked(config, run_dir), run_dir), AFTER, run_dir, force=force)
         jobs = list(_jobs(config, run_dir, todo))
-        _refuse_large_arrays(jobs, config)
-        _refuse_names(jobs, config, run_dir)
+        refuse_large_arrays(jobs, config.slurm.max_array, submits=config.submit)
+        refuse_names(jobs, config.program, run_dir / FOLDER, submits=config.submit)
         _write_scripts(jobs, config, run_dir)
-        missing = {job.name: _missing(job, todo, run_dir) for job in jobs}
+        missing = {job.name: _missing(job, todo, config, run_dir) for job in jobs}
         if config.submit:
             submission = Submission(run_dir, config.program)
             return [row for job in jobs for row in submission.add(job, missing[job.name])]
@@ -77,10 +81,10 @@ def _jobs(config: SubmitConfig, run_dir: Path, todo: Todo) -> Iterator[Job]:
     settings = ("--settings", config.settings_file) if config.settings_file else ()
     if "-" in config.inputs:
         raise UsageFailure("a job has no standard input: give files")
-    texts = tuple(map(_as_path, config.inputs))
+    texts = tuple(map(as_path, config.inputs))
 
     def words(command: str, *more: str) -> tuple[str, ...]:
-        return command, _as_path(str(run_dir)), *more, *settings
+        return command, as_path(str(run_dir)), *more, *settings
 
     for command in stages:
         after, force = AFTER[command], command in todo.forced
@@ -94,49 +98,42 @@ def _jobs(config: SubmitConfig, run_dir: Path, todo: Todo) -> Iterator[Job]:
         elif command == "tokenize":
             yield Job(command, words(command, *texts), slurm.resolved(slurm.tokenize), force=force)
         elif command == "train-experts":
-            tasks = tuple(range(cast(ClusterConfig, stages["cluster"][-1]).clusters))
             each, experts = words(command, "--expert", TASK), slurm.resolved(slurm.train_experts)
-            yield Job("experts", each, experts, after, tasks, trains=True, force=force)
+            yield Job("experts", each, experts, after, _experts(config, run_dir), trains=True, force=force)
             if cast(ExpertsConfig, stages[command][-1]).dense:
                 dense = slurm.resolved(slurm.train_experts, slurm.train_dense)
                 alone = words(command, "--expert", "dense")
                 yield Job("dense", alone, dense, after, trains=True, force=force)
             yield Job(command, words(command), slurm.resolved(slurm.join), after=("experts", "dense"))
+        elif command == "train-gates" and (independent := _gates_alone(config)):
+            gates = slurm.resolved(slurm.train_gates)
+            each = words(command, "--expert", TASK)
+            yield Job("gates", each, gates, after, _experts(config, run_dir), trains=True, force=force)
+            # With nothing left but to gather, --force would train all once more.
+            rest = force and len(independent) < len(list(cast(GatesConfig, stages[command][-1]).kinds()))
+            yield Job(command, words(command), gates, after=(*after, "gates"), trains=True, force=rest)
         else:
             own = slurm.train_seed if command == "import" else getattr(slurm, command.replace("-", "_"))
             trains = command in ("train-seed", "train-gates", "compose")
             yield Job(command, words(command), slurm.resolved(own), after, trains=trains, force=force)
 
 
-def _refuse_large_arrays(jobs: Sequence[Job], config: SubmitConfig) -> None:
-    """Raise UsageFailure for an array that sbatch would refuse when the jobs before it are in the queue already."""
-    limit = job_queue.array_limit() if config.submit and any(job.tasks for job in jobs) else None
-    for job in jobs:
-        if job.tasks and max(job.tasks) >= (limit or config.slurm.max_array):
-            known = f"MaxArraySize = {limit}" if limit else f"[slurm] max_array = {config.slurm.max_array}"
-            mend = "have fewer [slurm] shards" if job.name == "tokenize-shards" else "have fewer clusters"
-            raise UsageFailure(
-                f"the array {job.name} needs a task {max(job.tasks)}, and numbers end below {known}: {mend}"
-            )
+def _experts(config: SubmitConfig, run_dir: Path) -> tuple[int, ...]:
+    """The numbers of the experts: those of the clusters, and those that were added."""
+    experts = cast(ExpertsConfig, config.stages["train-experts"][-1])
+    if experts.add:
+        raise UsageFailure(
+            f"[train-experts] adds {experts.add}, which is no array of jobs: run `cpipe train-experts {run_dir} "
+            f"--add {experts.add}` once, and take it out of the settings"
+        )
+    added = (domain.config.expert for domain in begun_domains(run_dir))
+    return *range(cast(ClusterConfig, config.stages["cluster"][-1]).clusters), *added
 
 
-def _refuse_names(jobs: Sequence[Job], config: SubmitConfig, run_dir: Path) -> None:
-    """Raise UsageFailure for names that Slurm, or the record of the jobs, cannot hold."""
-    folder = str((run_dir / FOLDER).absolute())
-    if config.submit and "\\" in folder:
-        raise UsageFailure(f"Slurm writes no log below {folder}: a path must not hold a backslash")
-    for text in (folder, *(job.command(config.program) for job in jobs)):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageFailure(
-                f"{text!r:.200} holds what is no UTF-8, so no job can be made of it: rename it"
-            ) from error
-
-
-def _as_path(text: str) -> str:
-    """What begins with a dash would be taken for a flag."""
-    return f"./{text}" if text.startswith("-") else text
+def _gates_alone(config: SubmitConfig) -> list[str]:
+    """The folders of the gates that know of one expert only, each with a folder for every expert."""
+    kinds = cast(GatesConfig, config.stages["train-gates"][-1]).kinds()
+    return [f"{GatesManifest.folder}/{label_of(place, mode)}" for place, mode in kinds if mode in ALONE]
 
 
 def _write_scripts(jobs: Sequence[Job], config: SubmitConfig, run_dir: Path) -> None:
@@ -152,7 +149,7 @@ def _script(job: Job, run_dir: Path) -> Path:
     return run_dir / FOLDER / f"{job.name}.sh"
 
 
-def _missing(job: Job, todo: Todo, run_dir: Path) -> list[int | None]:
+def _missing(job: Job, todo: Todo, config: SubmitConfig, run_dir: Path) -> list[int | None]:
     """The tasks of an array that have still to be done, by number; None stands for a job that is no array."""
     command = job.words[0]
     if command not in todo.stages:
@@ -160,17 +157,19 @@ def _missing(job: Job, todo: Todo, run_dir: Path) -> list[int | None]:
     tasks: list[int | None] = [*job.tasks] or [None]
     if command in todo.again:
         return tasks
-    return [task for task in tasks if not _is_done(job, task, run_dir)]
+    return [task for task in tasks if not _is_done(job, task, config, run_dir)]
 
 
-def _is_done(job: Job, task: int | None, run_dir: Path) -> bool:
+def _is_done(job: Job, task: int | None, config: SubmitConfig, run_dir: Path) -> bool:
     """Whether a member of an unfinished stage is finished."""
     folders = {
-        "tokenize-shards": f"{ShareManifest.folder}/{task or 0:03d}-of-{len(job.tasks):03d}",
-        "experts": f"{ExpertsManifest.folder}/{task or 0:03d}",
-        "dense": "dense",
+        "tokenize-shards": [f"{ShareManifest.folder}/{task or 0:03d}-of-{len(job.tasks):03d}"],
+        "experts": [f"{ExpertsManifest.folder}/{task or 0:03d}"],
+        "dense": ["dense"],
+        "gates": [f"{folder}/{task or 0:03d}" for folder in _gates_alone(config)] if job.name == "gates" else [],
     }
-    return job.name in folders and (run_dir / folders[job.name] / FILE_NAME).is_file()
+    found = folders.get(job.name, [])
+    return bool(found) and all((run_dir / folder / FILE_NAME).is_file() for folder in found)
 
 
 class Submission:

@@ -132,3 +132,8 @@ def ranges(numbers: Sequence[int]) -> str:
 def job_name(job: str, run_dir: Path) -> str:
     """What the job is called in Slurm: letters, digits, dots, dashes and underscores."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", f"cpipe-{job}-{run_dir.absolute().name}")[:120]
+
+
+def as_path(text: str) -> str:
+    """What begins with a dash would be taken for a flag."""
+    return f"./{text}" if text.startswith("-") else text

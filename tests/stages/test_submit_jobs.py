@@ -22,6 +22,7 @@ from schemas.tokenize_text import TokenizeConfig
 from schemas.train_experts import ExpertsConfig
 from schemas.train_gates import GatesConfig
 from schemas.train_seed import SeedConfig
+from stages import train_experts
 from stages.submit_jobs import AFTER, job_rows, run
 
 # Notes its words and its environment; sbatch counts, the others answer what they were told to.
@@ -40,8 +41,8 @@ if name == "srun":
     os.execvp(sys.argv[-1], sys.argv[-1:]) if sys.argv[-1].endswith("-inner") else None
 """
 JOBS = [
-    "tokenize-shards", "tokenize", "cluster", "train-seed", "experts", "dense", "train-experts", "train-gates",
-    "compose", "evaluate",
+    "tokenize-shards", "tokenize", "cluster", "train-seed", "experts", "dense", "train-experts", "gates",
+    "train-gates", "compose", "evaluate",
 ]  # fmt: skip
 
 
@@ -140,12 +141,13 @@ def test_each_job_waits_for_those_it_needs(slurm, config, tmp_path):
         "experts": [number["cluster"], number["train-seed"]],
         "dense": [number["cluster"], number["train-seed"]],
         "train-experts": [number["experts"], number["dense"]],
-        "train-gates": [number["train-experts"]],
+        "gates": [number["train-experts"]],
+        "train-gates": [number["train-experts"], number["gates"]],
         "compose": [number["train-gates"]],
         "evaluate": [number["compose"]],
     }
     arrays = {job: tasks for job, (_, _, tasks) in found.items() if tasks}
-    assert arrays == {"tokenize-shards": "1-4", "experts": "0-2"}
+    assert arrays == {"tokenize-shards": "1-4", "experts": "0-2", "gates": "0-2"}
 
 
 def test_until_a_stage_no_dense_one_shard(slurm, config, tmp_path):
@@ -170,7 +172,7 @@ def test_what_is_in_the_queue_is_left_there(slurm, config, tmp_path):
     slurm.queue(run_dir, **jobs)
     before = recorded(run_dir)
     rows = run(config(), run_dir)
-    assert len(slurm.calls("sbatch")) == 9 and not slurm.calls("scancel")
+    assert len(slurm.calls("sbatch")) == 10 and not slurm.calls("scancel")
     assert recorded(run_dir) == before
     assert {row.state for row in rows} == {"pending"}
 
@@ -182,12 +184,14 @@ def test_a_cancelled_chain_is_submitted_again_from_where_it_broke(slurm, config,
     seed, cluster = first["train-seed"][0], first["cluster"][0]
     slurm.queue(run_dir, **{f"_{seed}": "CANCELLED", f"_{cluster}": "RUNNING", "_101": "RUNNING"})
     rows = run(config(), run_dir)
-    again = slurm.submitted(since=9)
-    assert list(again) == ["train-seed", "experts", "dense", "train-experts", "train-gates", "compose", "evaluate"]
+    again = slurm.submitted(since=10)
+    assert list(again) == [
+        "train-seed", "experts", "dense", "train-experts", "gates", "train-gates", "compose", "evaluate",
+    ]  # fmt: skip
     assert again["train-seed"][1] == ["101"]
     assert again["experts"][1] == [str(cluster), str(again["train-seed"][0])]
     assert states(rows)["cluster"] == "running" and states(rows)["train-seed"] == "submitted"
-    assert [record["number"] for record in recorded(run_dir)] == [101, cluster, *range(110, 117)]
+    assert [record["number"] for record in recorded(run_dir)] == [101, cluster, *range(111, 119)]
 
 
 def test_of_an_array_only_what_is_missing_is_submitted_and_waited_for(slurm, config, expert_run, copied_run):
@@ -216,12 +220,53 @@ def test_a_job_that_waits_in_vain_is_replaced_and_a_running_one_is_not(slurm, co
 def test_finished_stages_are_not_submitted(slurm, config, expert_run, copied_run):
     run_dir = copied_run(expert_run)
     rows = run(config(until="train-gates"), run_dir)
-    assert slurm.submitted() == {"train-gates": (101, [], None)}
+    assert slurm.submitted() == {"gates": (101, [], "0-2"), "train-gates": (102, ["101"], None)}
     assert states(rows) == {
         "tokenize": "finished", "cluster": "finished", "train-seed": "finished", "experts": "finished",
-        "dense": "finished", "train-experts": "finished", "train-gates": "submitted",
+        "dense": "finished", "train-experts": "finished", "gates": "submitted",
+        "train-gates": "submitted",
     }  # fmt: skip
     assert set(states(run(config(until="train-experts"), run_dir)).values()) == {"finished"}
+
+
+def test_of_the_gates_only_experts_with_one_missing_are_submitted(slurm, config, full_run, copied_run, training):
+    run_dir = copied_run(full_run)
+    asked = GatesConfig(training=training.model_copy(update={"steps": 4, "weight_decay": 0.0}))
+    assert set(states(run(config(until="train-gates", train_gates=asked), run_dir)).values()) == {"finished"}
+    (run_dir / "gates/manifest.json").unlink()
+    (run_dir / "gates/independent/001/manifest.json").unlink()
+    run(config(until="train-gates", train_gates=asked), run_dir)
+    assert slurm.submitted() == {"gates": (101, [], "1"), "train-gates": (102, ["101"], None)}
+    both = asked.model_copy(update={"modes": ("mean-activation", "independent", "joint")})
+    run(config(until="train-gates", train_gates=both), run_dir)
+    assert slurm.submitted(since=2)["gates"] == (103, [], "0-2")  # each has a mode that is not finished
+
+
+def test_gates_that_all_know_of_all_experts_are_one_job(slurm, config, expert_run, copied_run):
+    asked = GatesConfig(modes=("joint", "contrastive"))
+    run(config(until="train-gates", train_gates=asked), copied_run(expert_run))
+    assert slurm.submitted() == {"train-gates": (101, [], None)}
+
+
+@pytest.mark.parametrize(("modes", "forced"), [(("independent", "joint"), True), (("independent",), False)])
+def test_forced_gates_are_trained_once(slurm, config, full_run, copied_run, training, modes, forced):
+    run_dir = copied_run(full_run)
+    asked = GatesConfig(training=training.model_copy(update={"steps": 5, "weight_decay": 0.0}), modes=modes)
+    run(config(until="train-gates", train_gates=asked, submit=False), run_dir, force=True)
+    scripts = {path.stem for path in (run_dir / "slurm").glob("*.sh") if "--force" in path.read_text()}
+    assert scripts == ({"gates", "train-gates"} if forced else {"gates"})
+
+
+def test_an_added_expert_has_tasks_too_and_is_not_added_by_an_array(slurm, config, expert_run, copied_run, training):
+    run_dir, text = copied_run(expert_run), expert_run.parent / "added.jsonl"
+    text.write_text("".join(f'{{"id": "{n}", "text": "{"fever dose pulse " * 30}"}}\n' for n in range(9)))
+    asked = ExpertsConfig(training=training, add="medicine", data=(str(text),))
+    with pytest.raises(UsageFailure, match=r"\[train-experts\] adds medicine, which is no array of jobs: run `cpipe "):
+        run(config(train_experts=asked), run_dir)
+    train_experts.run(asked, run_dir)
+    run(config(until="train-gates"), run_dir)
+    assert slurm.submitted() == {"gates": (101, [], "0-3"), "train-gates": (102, ["101"], None)}
+    assert "#SBATCH --array=0-3\n" in (run_dir / "slurm/experts.sh").read_text()
 
 
 def test_finished_shards_are_not_submitted(slurm, config, tmp_path):
@@ -257,7 +302,7 @@ def test_what_holds_the_experts_together_is_written_anew_without_the_dense_one(s
     rows = run(config(until="train-gates", dense=False, submit=False), copied_run(expert_run))
     assert states(rows) == {
         "tokenize": "finished", "cluster": "finished", "train-seed": "finished", "experts": "finished",
-        "train-experts": "to submit", "train-gates": "to submit",
+        "train-experts": "to submit", "gates": "to submit", "train-gates": "to submit",
     }  # fmt: skip
 
 
@@ -447,7 +492,9 @@ def test_hostile_names_stay_words(slurm, config, tmp_path, name, monkeypatch):
     for (words, _), job in zip(slurm.calls("sbatch"), JOBS[:7], strict=True):
         assert words[-1] == str(place / name / "slurm" / f"{job}.sh")
         log = str(place / name / "slurm/logs").replace("%", "%%")
-        assert f"--output={log}/{job}-{'%A_%a' if job in ('tokenize-shards', 'experts') else '%j'}.log" in words
+        assert (
+            f"--output={log}/{job}-{'%A_%a' if job in ('tokenize-shards', 'experts', 'gates') else '%j'}.log" in words
+        )
         if job in ("train-seed", "train-experts"):  # as cluster is
             continue
         before = len(slurm.calls("srun"))
@@ -457,12 +504,13 @@ def test_hostile_names_stay_words(slurm, config, tmp_path, name, monkeypatch):
         ((called, seen),) = slurm.calls("srun")[before:]
         assert seen["PWD"] == str(place)
         start = called.index(f"/opt/{name}/python")
-        command = "train-experts" if job in ("experts", "dense") else job.removesuffix("-shards")
+        command = {"experts": "train-experts", "dense": "train-experts", "gates": "train-gates"}.get(job, job)
+        command = command.removesuffix("-shards")
         expected = [f"/opt/{name}/python", "-m", "cpipe", command, tidy]
         expected += files if command == "tokenize" else []
         expected += {
             "tokenize-shards": ["--shard", "2/2"], "tokenize": ["--merge"], "experts": ["--expert", "2"],
-            "dense": ["--expert", "dense"],
+            "dense": ["--expert", "dense"], "gates": ["--expert", "2"],
         }.get(job, [])  # fmt: skip
         assert called[start:] == [*expected, "--settings", name]
     assert not list(tmp_path.rglob("owned*"))
