@@ -66,6 +66,7 @@ def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> Experts
     """
     upstream = TokenizeManifest.read(run_dir), ClusterManifest.read(run_dir), SeedManifest.read(run_dir)
     if config.add:
+        _check_others(config, run_dir, upstream)
         _add(config.add, config.data, run_dir, upstream, force)
     members = dict(config.members(upstream[1].config.clusters, _domains(run_dir, upstream)))
     forced = {folder for folder, member in members.items() if force and config.add in (None, member.added)}
@@ -88,6 +89,16 @@ def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> Experts
     trained = train_members(trainings, min(members_at_once(config.parallel), len(members)))
     finished = {folder: trained.get(folder) or ExpertManifest.read(run_dir, folder) for folder in members}
     return _finish(config, run_dir, finished)
+
+
+def _check_others(config: ExpertsConfig, run_dir: Path, upstream: Upstream) -> None:
+    """Raise StaleFailure where the experts of clusters are finished with other settings or inputs."""
+    for folder, member in _members(config, upstream[1].config.clusters, ()):
+        try:
+            _is_finished(folder, member, run_dir, upstream)
+        except StaleFailure as failure:
+            why = str(failure).split(": give --force")[0]
+            raise StaleFailure(f"{why}: an expert is added with the settings of the others") from failure
 
 
 def _add(name: str, data: Sequence[str], run_dir: Path, upstream: Upstream, force: bool) -> None:

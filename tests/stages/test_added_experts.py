@@ -6,18 +6,25 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from schemas.clean_run import CleanConfig
 from schemas.cluster_documents import ClusterConfig, ClusterManifest
 from schemas.evaluate_models import EvaluateConfig, EvaluateManifest
 from schemas.failures import InputFailure, StaleFailure, UsageFailure
 from schemas.files import digest_of
+from schemas.plan_training import PlanConfig
+from schemas.report_run import ReportConfig
 from schemas.tokenize_text import TokenizeConfig, TokenizeManifest
 from schemas.train_experts import AddedManifest, ExpertManifest, ExpertsConfig, ExpertsManifest
 from schemas.train_gates import GateManifest, GatesManifest
+from schemas.train_seed import SeedConfig
 from schemas.verify_run import VerifyConfig
 from stages import (
+    clean_run,
     cluster_documents,
     compose_model,
     evaluate_models,
+    plan_training,
+    report_run,
     tokenize_text,
     train_experts,
     train_gates,
@@ -204,10 +211,13 @@ def test_other_text_under_its_name_is_refused_and_forced_for_it_alone(added_run,
 
 
 def test_with_other_settings_than_the_others_it_is_refused(full_run, copied_run, config, calls):
+    run_dir = copied_run(full_run)
     other = config.model_copy(update={"training": config.training.model_copy(update={"steps": 9})})
-    with pytest.raises(StaleFailure, match=r"experts/000 is finished, but training.steps was 8 and is now 9"):
-        train_experts.run(other, copied_run(full_run))
-    assert not calls
+    told = r"experts/000 is finished, but training.steps was 8 and is now 9: an expert is added with the settings of"
+    for force in (False, True):
+        with pytest.raises(StaleFailure, match=told):
+            train_experts.run(other, run_dir, force=force)
+    assert not calls and not (run_dir / "added").exists()
 
 
 def test_a_forced_run_trains_it_too_without_the_users_files(added_run, copied_run, plain, calls):
@@ -216,6 +226,25 @@ def test_a_forced_run_trains_it_too_without_the_users_files(added_run, copied_ru
     train_experts.run(plain, run_dir, force=True)
     assert list(calls) == [*(f"experts/{number:03d}" for number in range(4)), "dense"]
     assert ExpertManifest.read(run_dir, "experts/003").outputs == before.outputs
+
+
+def test_beside_adapters_it_is_an_adapter(seeded_run, copied_run, config, plain):
+    run_dir = copied_run(seeded_run)
+    lora = {"kind": "lora", "dense": False}
+    train_experts.run(plain.model_copy(update=lora), run_dir)
+    train_experts.run(config.model_copy(update=lora), run_dir)
+    added, other = (ExpertManifest.read(run_dir, f"experts/{number:03d}") for number in (3, 0))
+    names = [{ref.path.rsplit("/", 1)[1] for ref in member.outputs} for member in (added, other)]
+    assert names[0] == names[1] and "adapter_model.safetensors" in names[0]
+    shape, weights = RunModels.find(run_dir).decoder("experts/003")
+    assert shape == RunModels.find(run_dir).decoder("seed")[0] and weights
+
+
+def test_on_a_run_without_experts_it_is_trained_with_them(seeded_run, copied_run, config, calls, added_run):
+    run_dir = copied_run(seeded_run)
+    together = train_experts.run(config, run_dir)
+    assert list(calls) == [*(f"experts/{number:03d}" for number in range(4)), "dense"]
+    assert together.content_digest() == ExpertsManifest.read(added_run).content_digest()
 
 
 def test_the_next_one_has_the_next_number(added_run, copied_run, config, tmp_path, calls):
@@ -361,6 +390,28 @@ def test_verify_finds_every_file_as_it_was_written(joined_run):
     checked = list(verify_run.stream(VerifyConfig(), joined_run))
     assert {problem.message for folder in checked for problem in folder.problems} == set()
     assert "added/medicine" in {folder.folder for folder in checked}
+
+
+def test_the_commands_about_a_run_know_of_it(joined_run, copied_run, plain, gates, shape):
+    run_dir = copied_run(joined_run)
+    (run_dir / "experts/009").mkdir()
+    removed = [found.path for found in clean_run.stream(CleanConfig(dry_run=True), run_dir)]
+    assert "experts/009" in removed and not {"experts/003", "added/medicine"} & set(removed)
+    asked = PlanConfig(
+        seed=SeedConfig(model=shape, training=plain.training),
+        experts=plain,
+        gates=gates,
+        compositions=(),
+        vocab_size=320,
+        clusters=3,
+        flops_per_second=1e9,
+    )
+    planned = {each.name: each for each in plan_training.run(asked, run_dir).trainings}
+    assert planned["expert medicine"].count == 1 and planned["experts"].count == 3
+    assert planned["gates independent"].count == 4
+    epochs = ExpertManifest.read(run_dir, "experts/003").metrics.epochs
+    assert planned["expert medicine"].epochs == pytest.approx(epochs, rel=1e-3)
+    assert [ref.path for ref in report_run.stream(ReportConfig(), run_dir)] == ["reports/report.html"]
 
 
 def test_replaced_text_makes_its_expert_refused_where_it_is_read(joined_run, copied_run, config, tmp_path):
