@@ -124,11 +124,11 @@ def test_the_whole_pipeline_runs_as_jobs(finished, cpipe):
     for folder in folders:
         assert (finished / folder / "manifest.json").is_file(), logs(finished)
     found = {job["job"]: job["state"] for job in cpipe(finished, "status")["jobs"]}
-    assert len(found) == 10 and set(found.values()) == {"completed"}
+    assert len(found) == 11 and set(found.values()) == {"completed"}
     assert {row["state"] for row in cpipe(finished, "slurm", "--submit")} == {"finished"}
     assert not list(finished.parent.glob("owned*"))
     names = {path.name.split("-")[0] for path in (finished / "slurm/logs").iterdir()}
-    assert names == {"tokenize", "cluster", "train", "experts", "dense", "compose", "evaluate"}
+    assert names == {"tokenize", "cluster", "train", "experts", "dense", "gates", "compose", "evaluate"}
 
 
 def test_jobs_write_the_bytes_that_one_process_writes(finished, cpipe, tmp_path):
