@@ -5,8 +5,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME
 from schemas.tokenize_text import Split, TokenizeManifest
@@ -51,8 +49,7 @@ def text_of_all(run_dir: Path, tokens: TokenizeManifest, split: Split) -> list[P
     return [ref.check(run_dir) for ref in (*tokens.shards(split), *added)]
 
 
-def added_labels(run_dir: Path, split: Split) -> np.ndarray:
+def added_labels(run_dir: Path, split: Split) -> list[int]:
     """The expert's number for each document that `text_of_all` has after those of the run."""
-    domains = added_domains(run_dir)
-    counts = [sum(ref.rows or 0 for ref in domain.shards(split)) for domain in domains]
-    return np.repeat(np.array([domain.config.expert for domain in domains], dtype=np.int64), counts)
+    shards = ((domain.config.expert, ref) for domain in added_domains(run_dir) for ref in domain.shards(split))
+    return [expert for expert, ref in shards for _ in range(ref.rows or 0)]

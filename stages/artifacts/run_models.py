@@ -66,7 +66,7 @@ class RunModels:
 
     def with_added_labels(self, labels: np.ndarray) -> np.ndarray:
         """The cluster of each document of `held_out_text`, given those of the run's; added ones have their expert's."""
-        return np.append(labels, added_labels(self.run_dir, "valid"))
+        return np.append(labels, np.array(added_labels(self.run_dir, "valid"), dtype=np.int64))
 
     def window_length(self, shape: DecoderConfig) -> int:
         """Tokens to score at a time: what the seed was trained on, but where it came from elsewhere, the experts."""
