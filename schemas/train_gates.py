@@ -1,6 +1,7 @@
 """Settings and manifests of train-gates."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -94,6 +95,16 @@ class GatesConfig(Config):
     def kinds(self) -> Iterator[tuple[Place, GateMode]]:
         """Every mode at every place where there is such a thing."""
         return ((place, mode) for place in self.places for mode in self.modes if mode != "arrow" or place == "module")
+
+    def members(self, experts: range) -> Iterator[tuple[str, "GateConfig"]]:
+        """The folder and the settings of every training: of each expert's gates, or of all of a kind together."""
+        for place, mode in self.kinds():
+            folder = f"{GatesManifest.folder}/{label_of(place, mode)}"
+            made = partial(GateConfig, place=place, mode=mode, reading=self.reading, training=self.training)
+            if mode in ALONE:
+                yield from ((f"{folder}/{expert:03d}", made(expert=expert)) for expert in experts)
+            else:
+                yield folder, made(expert=None)
 
 
 class GateConfig(Config):

@@ -101,6 +101,7 @@ class Evaluation:
         read = torch.cat(list(self.windows.inputs())).numpy()
         self.routing = RoutingTable(sources, assigned, starts, read, self.shape.vocab_size)
         self.tokenizer = Tokenizer.from_file(str(tokens.output("tokenizer.json").check(run_dir)))
+        self.selections = [*config.selections(len(models.experts))]
         self.usage: list[UsageRow] = []
         self.fitted: FittedRouting | None = None
         self.prefix_gap = 0.0
@@ -198,13 +199,10 @@ class Evaluation:
                 continue
             training = self.costs.experts + self.costs.gate_training(gates.metrics, mode)
             reader = ExpertGates.from_tensors(tensors, *gates.reads(mode))
-            for selection in self._selections():
+            for selection in self.selections:
                 weights = torch.cat(list(self._gate_weights(reader, states_ND, selection)))
                 self._add_mixture(f"gates {mode} {selection}", "gates", weights, training)
                 self._inspect(f"gates {mode} {selection}", selection, weights.exp())
-
-    def _selections(self) -> Iterator[Selection]:
-        return self.config.selections(len(self.models.experts))
 
     def _gate_weights(self, gates: ExpertGates, states_ND: Tensor, selection: Selection) -> Iterator[Tensor]:
         """Log weights [tokens, experts + 1] of each document, which the gates read from its first token on."""
@@ -214,7 +212,7 @@ class Evaluation:
     def _add_routed_decoder(self, gates: GatesManifest, place: Place, mode: GateMode) -> None:
         """Gates inside one decoder; what they have read of a document they forget with each window."""
         parts, size = self.models.routed(place, mode), self.config.score_batch_size
-        for selection in self._selections():
+        for selection in self.selections:
             decoder = RoutedDecoder.from_parts(**parts, weigh=partial(Gates.log_weights, selection=selection))
             watched, label = Watched(decoder.to(device())), f"gates {label_of(place, mode)} {selection}"
             found = self.windows.collect(watched.scores_and_weights, size, label, device())

@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,6 @@ from schemas.manifest import FILE_NAME, InputRef
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsManifest
 from schemas.train_gates import (
-    ALONE,
     GateConfig,
     GateManifest,
     GateMode,
@@ -56,24 +55,13 @@ def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesMani
     if config.expert is not None:
         return _train_of_expert(config.expert, config, frozen, force)
     experts = ExpertsManifest.read(run_dir)
-    members = dict(_members(config, range(experts.metrics.experts)))
+    members = dict(config.members(range(experts.metrics.experts)))
     done = {folder: _finished(folder, member, frozen, force) for folder, member in members.items()}
     again = force and all(done.values())
     for folder, member in members.items():
         if again or not done[folder]:
             done[folder] = _train_member(folder, member, frozen, force)
     return _gather(config, frozen, experts, {folder: manifest for folder, manifest in done.items() if manifest})
-
-
-def _members(config: GatesConfig, experts: range) -> Iterator[tuple[str, GateConfig]]:
-    """Every training, by its folder."""
-    for place, mode in config.kinds():
-        folder = f"{GatesManifest.folder}/{label_of(place, mode)}"
-        made = partial(GateConfig, place=place, mode=mode, reading=config.reading, training=config.training)
-        if mode in ALONE:
-            yield from ((f"{folder}/{expert:03d}", made(expert=expert)) for expert in experts)
-        else:
-            yield folder, made(expert=None)
 
 
 class Frozen:
@@ -161,7 +149,7 @@ def _train_of_expert(expert: int, config: GatesConfig, frozen: Frozen, force: bo
     if expert >= experts:
         raise UsageFailure(f"--expert {expert} is not one of the {experts} experts")
     members = [
-        (folder, member) for folder, member in _members(config, range(expert, expert + 1)) if member.expert == expert
+        (folder, member) for folder, member in config.members(range(expert, expert + 1)) if member.expert == expert
     ]
     if not members:
         raise UsageFailure(f"gates learnt as {', '.join(config.modes)} know of all experts: leave --expert out")
