@@ -93,7 +93,7 @@ def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> Experts
 
 def _check_others(config: ExpertsConfig, run_dir: Path, upstream: Upstream) -> None:
     """Raise StaleFailure where the experts of clusters are finished with other settings or inputs."""
-    for folder, member in _members(config, upstream[1].config.clusters, ()):
+    for folder, member in config.members(upstream[1].config.clusters):
         try:
             _is_finished(folder, member, run_dir, upstream)
         except StaleFailure as failure:
