@@ -17,6 +17,11 @@ class EvaluateConfig(Config):
     usage_tokens: int = Field(
         20_000, gt=0, description="Held-out tokens, at most, on which models are scored with a part left out."
     )
+    switched: bool = Field(
+        False,
+        description="Score texts that change their subject: the first half of each document, and after it the second "
+        "half of one of another source.",
+    )
     top_k: tuple[int, ...] = Field((1, 2, 4), description="Numbers of experts that cBTM and the gates may mix.")
     thresholds: tuple[float, ...] = Field(
         (),

@@ -21,6 +21,7 @@ from schemas.failures import LockedFailure
 from schemas.manifest import FILE_NAME
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertsManifest
+from stages.artifacts.added_domains import begun_domains
 from stages.artifacts.locks import FOLDER, holder, take
 from stages.artifacts.stage_folder import CLAIM_NAME
 from stages.data.corpus import CACHE, STDIN
@@ -106,7 +107,7 @@ def _orphans(run_dir: Path) -> Iterator[Find]:
         return
     clusters = ClusterManifest.read(run_dir)
     experts = ExpertsManifest.read(run_dir)
-    if experts.metrics.experts < clusters.config.clusters:  # more where experts were added
+    if experts.metrics.experts != clusters.config.clusters + len(begun_domains(run_dir)):
         return
     for path in sorted((run_dir / ExpertsManifest.folder).iterdir()):
         if path.name.isdecimal() and int(path.name) >= experts.metrics.experts and path.is_dir():

@@ -58,8 +58,6 @@ def run(config: EvaluateConfig, run_dir: Path, *, force: bool = False) -> Evalua
     with claim_folder(run_dir, EvaluateManifest, config, inputs, force=force) as claim:
         if claim.finished:
             return claim.finished
-        if not models.seed.metrics.training:
-            logger.info("the seed was trained elsewhere: training FLOPs are those of this run only")
         evaluation = Evaluation(config, run_dir, tokens, clusters, models)
         evaluation.add_single_models()
         evaluation.fit_routing()
@@ -87,16 +85,16 @@ class Evaluation:
         self.router = Router(*routing_tensors(run_dir, clusters), clusters.config.temperature)
         self.shape = models.decoder("seed")[0]
         self.length = length = models.window_length(self.shape)
-        store = TokenStore.open(models.held_out_text(tokens))
+        store, self.end = TokenStore.open(models.held_out_text(tokens)), tokens.metrics.end_of_text
         others = config.fit_tokens if config.fit_temperature else 0
         self.windows, self.usage_windows, self.fit_windows = choose_windows(
-            store, tokens.metrics.end_of_text, length, config.tokens, config.usage_tokens, others
+            store, self.end, length, config.tokens, config.usage_tokens, others, switched=config.switched
         )
         documents = self.windows.documents
         table = read_table(clusters.output("assignments-valid.arrow").check(run_dir))
         assigned = models.with_added_labels(table["cluster"])[documents]
-        sources, starts = [store.sources[document] for document in documents], self.windows.starts
-        labels = [f"cluster {number:03d}" for number in assigned]
+        sources = self.windows.names([store.sources[document] for document in documents])
+        labels, starts = self.windows.names([f"cluster {number:03d}" for number in assigned]), self.windows.starts
         self.table = ScoreTable(sources, labels, store.bytes[documents], starts)
         read = torch.cat(list(self.windows.inputs())).numpy()
         self.routing = RoutingTable(sources, assigned, starts, read, self.shape.vocab_size)
@@ -221,7 +219,7 @@ class Evaluation:
             self._inspect(label, selection, found[:, 1:].unflatten(1, (decoder.config.num_hidden_layers, -1)))
 
     def _inspect(self, label: str, selection: Selection, weights: Tensor) -> None:
-        if selection == Selection(top_k=self.config.inspected_top_k):
+        if selection == Selection(top_k=self.config.inspected_top_k) and not self.config.switched:
             self.routing.add(label, weights.numpy(), lambda token: self.tokenizer.decode([token]))
 
     def add_central_models(self) -> None:

@@ -30,9 +30,15 @@ class WindowBatch:
 class Windows:
     """The windows of some documents of a store."""
 
-    def __init__(self, store: TokenStore, documents: Sequence[int], end_of_text: int, length: int) -> None:
+    def __init__(
+        self, store: TokenStore, documents: Sequence[int], end_of_text: int, length: int, *, switched: bool = False
+    ) -> None:
+        """`switched`: each document goes on, after its first half, as another of these documents does."""
         self.documents = np.asarray(documents, dtype=np.int64)
+        self._ends = _others(store, self.documents) if switched else None
         self.lengths = store.lengths[self.documents]
+        if self._ends is not None:  # every half is there once
+            self.lengths = self.lengths // 2 + (store.lengths[self._ends] + 1) // 2
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self.tokens = int(self.starts[-1])
         self.bytes = int(store.bytes[self.documents].sum())
@@ -42,7 +48,15 @@ class Windows:
 
     def document_tokens(self, number: int) -> np.ndarray:
         """The ids of the number-th of these documents."""
-        return self._store.tokens(int(self.documents[number]))
+        begun = self._store.tokens(int(self.documents[number]))
+        if self._ends is None:
+            return begun
+        ended = self._store.tokens(int(self._ends[number]))
+        return np.concatenate([begun[: len(begun) // 2], ended[len(ended) // 2 :]])
+
+    def names(self, labels: Sequence[str]) -> list[str]:
+        """A label for each document: its own, or one for all where a document is made of two."""
+        return ["switched"] * len(labels) if self._ends is not None else [*labels]
 
     def texts(self) -> Iterator[np.ndarray]:
         """The ids of each document."""
@@ -108,8 +122,17 @@ class Windows:
         return WindowBatch(torch.from_numpy(ids), torch.from_numpy(targets), real, np.concatenate(place))
 
 
+def _others(store: TokenStore, documents: np.ndarray) -> np.ndarray:
+    """The same documents in another order: with each stands one of another source, as far as there are such."""
+    order = np.argsort([store.sources[document] for document in documents], kind="stable")
+    most = max(np.unique([store.sources[document] for document in documents], return_counts=True)[1], default=0)
+    ends = np.empty_like(documents)
+    ends[order] = documents[np.roll(order, -int(most))]
+    return ends
+
+
 def choose_windows(
-    store: TokenStore, end_of_text: int, length: int, scored: int, again: int, others: int
+    store: TokenStore, end_of_text: int, length: int, scored: int, again: int, others: int, *, switched: bool = False
 ) -> tuple[Windows, Windows, Windows]:
     """Windows of so many tokens, at most: to score, of the same to score once more, and of documents not scored.
 
@@ -118,7 +141,7 @@ def choose_windows(
     documents = choose_documents(store, scored)
     few = choose_documents(store, min(scored, again))
     rest = choose_documents(store, others, documents) if others else []
-    found = (Windows(store, chosen, end_of_text, length) for chosen in (documents, few, rest))
+    found = (Windows(store, chosen, end_of_text, length, switched=switched) for chosen in (documents, few, rest))
     return next(found), next(found), next(found)
 
 

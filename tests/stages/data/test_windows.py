@@ -149,3 +149,19 @@ def test_values_of_all_tokens_are_split_by_document(store):
     assert [len(piece) for piece in pieces] == [30, 12, 16]
     assert [len(text) for text in windows.texts()] == [30, 12, 16]
     assert torch.cat(pieces).tolist() == list(range(windows.tokens))
+
+
+def test_switched_documents_hold_every_half_once_and_change_their_source(store_of):
+    store = store_of([(name, length) for name in "abc" for length in (6, 9, 5)])
+    plain, switched = (Windows(store, range(9), END, 8, switched=each) for each in (False, True))
+    assert (switched.tokens, switched.bytes) == (plain.tokens, plain.bytes)
+    begun = [tuple(text[: len(text) // 2]) for text in plain.texts()]
+    ended = {tuple(text[len(text) // 2 :]): number for number, text in enumerate(plain.texts())}
+    taken = []
+    for number, text in enumerate(switched.texts()):
+        assert tuple(text[: len(begun[number])]) == begun[number]
+        taken.append(ended[tuple(text[len(begun[number]) :])])
+        assert store.sources[taken[-1]] != store.sources[number]
+        assert len(text) == switched.lengths[number]
+    assert sorted(taken) == list(range(9))
+    assert switched.names(["x"] * 9) == ["switched"] * 9 and plain.names(["x"] * 9) == ["x"] * 9
