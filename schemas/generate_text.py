@@ -18,13 +18,14 @@ class GenerateConfig(Config):
     model: str = Field(
         "central",
         pattern=r"^[A-Za-z0-9_.:/-]+$",
-        description="seed, dense, expert:NUMBER, cbtm (mixed experts), or the name of a composed model.",
+        description="seed, dense, expert:NUMBER, cbtm (mixed experts), layer-joint, module-independent and the like "
+        "(the experts inside one decoder, behind its gates), or the name of a composed model.",
     )
     max_tokens: int = Field(100, gt=0, description="Tokens to add, at most; the end-of-text token ends it earlier.")
     temperature: float = Field(0.8, ge=0, description="Flattens or sharpens the distribution; 0 takes the likeliest.")
     sample_top_k: int | None = Field(None, gt=0, description="Draw from the k likeliest tokens only.")
     sample_top_p: float = Field(0.95, gt=0, le=1, description="Draw from the likeliest tokens of so much mass only.")
-    experts: int = Field(2, gt=0, description="Experts that cbtm mixes for a token.")
+    experts: int = Field(2, gt=0, description="Experts that cbtm mixes, or gates ask, for a token.")
     active_experts: int | None = Field(
         None,
         gt=0,

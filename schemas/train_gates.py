@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -170,3 +170,11 @@ class GatesManifest(Manifest):
 def label_of(place: Place, mode: GateMode) -> str:
     """What gates of a kind are called: their folder in `gates/`, and what the names of their tensors begin with."""
     return mode if place == "expert" else f"{place}-{mode}"
+
+
+def inside(label: str) -> tuple[Place, GateMode] | None:
+    """Place and mode of gates inside a decoder, of such a label; None of any other."""
+    places = (place for place in get_args(Place) if place != "expert")
+    return next(
+        ((place, mode) for place in places for mode in get_args(GateMode) if label_of(place, mode) == label), None
+    )

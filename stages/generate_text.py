@@ -25,6 +25,7 @@ from schemas.cluster_documents import ClusterManifest
 from schemas.failures import UsageFailure
 from schemas.generate_text import GenerateConfig
 from schemas.tokenize_text import TokenizeManifest
+from schemas.train_gates import Selection, inside
 from stages.artifacts.model_folder import device
 from stages.artifacts.run_models import RunModels, expert_folder, routing_tensors
 from stages.clustering.features import normalised
@@ -35,6 +36,8 @@ from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
 from stages.nn.decoding import PackedDecoder, TextBatch, begin_text, packable
+from stages.nn.gates import Gates
+from stages.nn.routed import RoutedDecoder
 from stages.nn.sampling import draw
 
 
@@ -175,11 +178,19 @@ def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
         return DecoderReader(partial(_decoder, models, expert_folder(int(number))))
     if name == "cbtm":
         return ClusterMixReader(config, run_dir, models)
+    if kind := inside(name):
+        weigh = partial(Gates.log_weights, selection=Selection(top_k=config.experts))
+        return DecoderReader(lambda: RoutedDecoder.from_parts(**models.routed(*kind), weigh=weigh).to(device()))
     if name in models.compositions:
         composed = ComposedModel.from_parts(**models.composition(name)).to(device())
         return ComposedReader(ChosenExperts(composed, config.active_experts or len(composed.experts)))
-    dense = ["dense"] if models.dense else []
-    there = ["seed", *dense, f"expert:0 to expert:{len(models.experts) - 1}", "cbtm", *models.compositions]
+    there = [
+        "seed",
+        *["dense"][: bool(models.dense)],
+        f"expert:0 to expert:{len(models.experts) - 1}",
+        "cbtm",
+        *models.compositions,
+    ]
     more = "" if models.compositions else f"; `cpipe compose {run_dir}` makes central"
     raise UsageFailure(f"no model {name} in {run_dir}: there are {', '.join(there)}{more}")
 

@@ -325,8 +325,8 @@ def fitted_run(expert_run, tmp_path_factory, evaluation):
     given, real = {}, windows.Windows
 
     class Recorded(real):
-        def __init__(self, store, documents, *rest):
-            super().__init__(store, documents, *rest)
+        def __init__(self, store, documents, *rest, **more):
+            super().__init__(store, documents, *rest, **more)
             given[len(given)] = sorted(documents)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from schemas.decoder import DecoderShape
@@ -233,6 +234,12 @@ def test_gates_inside_are_scored_as_they_predict(lora_run: Path, copied_run: Cop
         total = float(scored.sum())
         bits = -total / math.log(2) / windows.bytes
         assert found[f"gates {label} top-1"].bits_per_byte == pytest.approx(bits, abs=1e-4)
+    greedy = GenerateConfig(model="layer-joint", prompt="the", temperature=0.0, max_tokens=12, experts=1)
+    weigh = partial(Gates.log_weights, selection=Selection(top_k=1))
+    decoder = RoutedDecoder.from_parts(**RunModels.find(run_dir).routed("layer", "joint"), weigh=weigh)
+    assert "".join(stream(greedy, run_dir)) == likeliest_text(run_dir, decoder, "the", 12)
+    with pytest.raises(UsageFailure, match="has no gates layer-contrastive \\(there: layer-joint, "):
+        "".join(stream(greedy.model_copy(update={"model": "layer-contrastive"}), run_dir))
     routing = json.loads((run_dir / "reports/routing.json").read_text())
     assert {(row["model"], row["layer"]) for row in routing} == {
         (f"gates {label} top-2", f"layer {layer}")
@@ -244,6 +251,19 @@ def test_gates_inside_are_scored_as_they_predict(lora_run: Path, copied_run: Cop
 
 def scores_of(decoder: Decoder, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return token_log_probs(decoder(ids), targets)
+
+
+def likeliest_text(run_dir: Path, decoder: Decoder, prompt: str, count: int) -> str:
+    """The likeliest token, one after the other, each from the whole text anew."""
+    tokens = TokenizeManifest.read(run_dir)
+    tokenizer = tokenizers.Tokenizer.from_file(str(run_dir / "tokens/tokenizer.json"))
+    ids = [tokens.metrics.end_of_text, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    start = len(ids)
+    for _ in range(count):
+        ids.append(int(decoder(torch.tensor([ids]))[0, -1, : tokens.metrics.vocab_size].argmax()))
+        if ids[-1] == tokens.metrics.end_of_text:
+            return str(tokenizer.decode(ids[start:-1]))
+    return str(tokenizer.decode(ids[start:]))
 
 
 def windows_of(run_dir: Path, config: EvaluateConfig) -> Windows:
