@@ -4,8 +4,7 @@
   first reads what it has missed. How many tokens experts read per token of the text is counted
 - a context that reaches the length the models were trained on goes on from its second half; which experts a text is for
   is told from all of it
-- a decoder is packed for writing where it can be; many prompts are then written side by side, each as if it were alone
-- text comes out as soon as its bytes are complete, but for what may still become a stop text
+- a decoder is packed for writing where it can be; many prompts are then written side by side, each as if alone
 """
 
 from collections import deque
@@ -184,13 +183,8 @@ def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
     if name in models.compositions:
         composed = ComposedModel.from_parts(**models.composition(name)).to(device())
         return ComposedReader(ChosenExperts(composed, config.active_experts or len(composed.experts)))
-    there = [
-        "seed",
-        *["dense"][: bool(models.dense)],
-        f"expert:0 to expert:{len(models.experts) - 1}",
-        "cbtm",
-        *models.compositions,
-    ]
+    dense = ["dense"] if models.dense else []
+    there = ["seed", *dense, f"expert:0 to expert:{len(models.experts) - 1}", "cbtm", *models.compositions]
     more = "" if models.compositions else f"; `cpipe compose {run_dir}` makes central"
     raise UsageFailure(f"no model {name} in {run_dir}: there are {', '.join(there)}{more}")
 
