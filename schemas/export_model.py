@@ -22,7 +22,11 @@ class ExportConfig(Config):
     )
     model: str = Field(
         "seed",
-        description="seed, dense, experts/NUMBER as in experts/003, or average: the mean of the experts' weights.",
+        description="seed, dense, experts/NUMBER as in experts/003, average: the mean of the experts' weights, or "
+        "routed: full experts behind their gates (module-joint, of memory 0), in the format of Mixtral.",
+    )
+    experts_per_token: int | None = Field(
+        None, gt=0, description="Of the routed model, MLPs asked for a token, the seed's among them; default: all."
     )
     adapter: bool = Field(
         False, description="Of a LoRA expert, write the PEFT adapter alone, not the model it makes of the seed."
@@ -41,9 +45,9 @@ class ExportConfig(Config):
     @field_validator("model")
     @classmethod
     def _is_one(cls, model: str) -> str:
-        if not re.fullmatch(r"seed|dense|average|experts/\d{3,}", model):
+        if not re.fullmatch(r"seed|dense|average|routed|experts/[0-9]{3,}", model):
             raise ValueError(
-                f"{model!r} is no model to export: expected seed, dense, average or experts/003 and the like"
+                f"{model!r} is no model to export: expected seed, dense, average, routed or experts/003 and the like"
             )
         return model
 
@@ -51,6 +55,12 @@ class ExportConfig(Config):
     def _is_given(self) -> Self:
         if not self.folder:
             raise ValueError("no folder is given: `cpipe export RUN FOLDER`")
+        return self
+
+    @model_validator(mode="after")
+    def _only_the_routed_asks(self) -> Self:
+        if self.experts_per_token is not None and self.model != "routed":
+            raise ValueError(f"experts_per_token is of --model routed, and the model is {self.model}")
         return self
 
     @model_validator(mode="after")

@@ -14,32 +14,34 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
 from torch import Tensor
 
-from schemas.decoder import DecoderConfig
 from schemas.export_model import ExportConfig, ExportManifest, ExportMetrics
 from schemas.failures import InputFailure, UsageFailure
 from schemas.files import FileRef, write_bytes
 from schemas.manifest import FILE_NAME, InputRef, Manifest, key_of
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsManifest
+from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedManifest
 from stages.artifacts.adapter_folder import read_adapter, seed_from, write_adapter
 from stages.artifacts.environment import environment
 from stages.artifacts.export_folder import ExportFolder
 from stages.artifacts.locks import turn_by_turn
+from stages.artifacts.mixtral_folder import mixtral_config, mixtral_weights
 from stages.artifacts.model_folder import (
     CHAT_TEMPLATE,
     GENERATION,
     WeightType,
     read_model,
-    write_model,
+    write_as,
     write_tokenizer,
 )
-from stages.artifacts.run_models import Weights, expert_folder, read_expert
+from stages.artifacts.run_models import RunModels, Weights, expert_folder, read_expert
 
 TYPES: dict[str, WeightType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LARGEST = torch.finfo(torch.float16).max
@@ -100,13 +102,14 @@ def _companions(seed: SeedManifest | None) -> dict[str, FileRef]:
 
 
 def _members(model: str, run_dir: Path) -> dict[str, Manifest]:
-    """The finished models whose mean is asked for, by folder: one of them, but for the average."""
+    """The finished models asked for, by folder: one of them, but for the average and the routed model."""
     if model == "seed":
         return {"seed": SeedManifest.read(run_dir)}
-    if model != "average":
+    if model not in ("average", "routed"):
         return {model: ExpertManifest.read(run_dir, model)}
     folders = map(expert_folder, range(ExpertsManifest.read(run_dir).metrics.experts))
-    return {folder: ExpertManifest.read(run_dir, folder) for folder in folders}
+    found: dict[str, Manifest] = {folder: ExpertManifest.read(run_dir, folder) for folder in folders}
+    return found if model == "average" else found | {GatesManifest.folder: GatesManifest.read(run_dir)}
 
 
 def _is_lora(member: Manifest) -> bool:
@@ -123,7 +126,7 @@ def run(config: ExportConfig, run_dir: Path, *, force: bool = False) -> ExportMa
         if finished := place.finished(config, inputs, force):
             return finished
         with place.new() as folder:
-            write = _write_adapter if config.adapter else _write_model
+            write = _write_adapter if config.adapter else _write_routed if config.model == "routed" else _write_model
             outputs, metrics = write(config, folder, source)
             manifest = ExportManifest(
                 schema_id=ExportManifest.expected_schema(),
@@ -141,17 +144,45 @@ def run(config: ExportConfig, run_dir: Path, *, force: bool = False) -> ExportMa
 
 def _write_model(config: ExportConfig, folder: Path, source: Source) -> tuple[list[FileRef], ExportMetrics]:
     shape, weights = _mean(source.models())
+    content = shape.to_huggingface(source.tokens.metrics.end_of_text, TYPES[config.dtype])
+    return _write(config, folder, source, content, weights)
+
+
+def _write_routed(config: ExportConfig, folder: Path, source: Source) -> tuple[list[FileRef], ExportMetrics]:
+    """Experts and gates as a model of Mixtral's."""
+    parts = RunModels.find(source.run_dir).routed("module", "joint")
+    if parts["adapters"]:
+        raise UsageFailure(f"the experts of {source.run_dir} are adapters, and Mixtral's are MLPs: export each of them")
+    if parts["memory"]:
+        raise UsageFailure(
+            f"the gates of {source.run_dir} remember (memory {parts['memory']}), and Mixtral's router does not: "
+            f"run `cpipe train-gates {source.run_dir} --places module --modes joint --memory 0 --force`"
+        )
+    (shape, _), experts = parts["shared"], len(parts["experts"]) + 1
+    end, dtype = source.tokens.metrics.end_of_text, TYPES[config.dtype]
+    content = mixtral_config(shape, experts, config.experts_per_token, end, dtype)
+    weights = mixtral_weights(parts["shared"], parts["seed"], parts["experts"], parts["tensors"])
+    return _write(config, folder, source, content, weights)
+
+
+def _write(
+    config: ExportConfig,
+    folder: Path,
+    source: Source,
+    content: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+) -> tuple[list[FileRef], ExportMetrics]:
+    """The folder of a model whose `config.json` has this content, and what goes with it."""
     if config.dtype == "fp16":
         _refuse_overflow(weights.items())
-    end, dtype = source.tokens.metrics.end_of_text, TYPES[config.dtype]
-    tokenizer, limit = source.tokenizer(), config.max_shard_bytes
-    written = write_model(folder, folder, shape, weights, end, tokenizer, dtype=dtype, max_shard_bytes=limit)
-    ids = {name: value for name, value in shape.to_huggingface(end).items() if name in TOKENS}
+    dtype, limit = TYPES[config.dtype], config.max_shard_bytes
+    written = write_as(content, folder, folder, weights, source.tokenizer(), dtype=dtype, max_shard_bytes=limit)
+    ids = {name: value for name, value in content.items() if name in TOKENS}
     companions = source.companions()
     ids |= json.loads(companions.get(GENERATION, b"{}"))
     text = json.dumps(ids, indent=2, sort_keys=True)
     written += [write_bytes(folder / GENERATION, text.encode(), folder), *_chat_template(folder, companions)]
-    return written, _metrics(written, shape, weights.values())
+    return written, _metrics(written, content["model_type"], weights.values())
 
 
 def _chat_template(folder: Path, companions: Mapping[str, bytes]) -> list[FileRef]:
@@ -182,7 +213,7 @@ def _write_adapter(config: ExportConfig, folder: Path, source: Source) -> tuple[
     end = source.tokens.metrics.end_of_text
     written += write_tokenizer(folder, folder, shape.to_huggingface(end), source.tokenizer())
     written += _chat_template(folder, source.companions())
-    return written, _metrics(written, shape, [tensor for _, tensor in tensors])
+    return written, _metrics(written, shape.model_type, [tensor for _, tensor in tensors])
 
 
 def _refuse_overflow(weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -192,11 +223,11 @@ def _refuse_overflow(weights: Iterable[tuple[str, Tensor]]) -> None:
             raise InputFailure(f"{name} holds {largest:.3g}, and fp16 ends at {LARGEST:.0f}: use --dtype bf16")
 
 
-def _metrics(written: Sequence[FileRef], shape: DecoderConfig, weights: Iterable[Tensor]) -> ExportMetrics:
+def _metrics(written: Sequence[FileRef], architecture: str, weights: Iterable[Tensor]) -> ExportMetrics:
     files = [ref for ref in written if ref.path.endswith(".safetensors")]
     return ExportMetrics(
         parameters=sum(weight.numel() for weight in weights),
-        architecture=shape.model_type,
+        architecture=architecture,
         weight_files=len(files),
         weight_bytes=sum(ref.size for ref in files),
     )

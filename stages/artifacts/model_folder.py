@@ -114,6 +114,20 @@ def write_model(
 ) -> list[FileRef]:
     """Write `config.json`, the weights and the tokenizer: a folder `transformers` loads as it is."""
     shape = config.to_huggingface(end_of_text, dtype)
+    return write_as(shape, folder, run_dir, weights, tokenizer_json, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write_as(
+    shape: Mapping[str, Any],
+    folder: Path,
+    run_dir: Path,
+    weights: Mapping[str, Tensor],
+    tokenizer_json: bytes,
+    *,
+    dtype: WeightType = "float32",
+    max_shard_bytes: int | None = None,
+) -> list[FileRef]:
+    """As `write_model`, of a model whose `config.json` is `shape`."""
     if max_shard_bytes is None:
         written = [write_tensors(folder / WEIGHTS, weights, run_dir, "decoder", dtype)]
     else:

@@ -9,11 +9,14 @@ from schemas.export_model import ExportConfig, ExportManifest
 from schemas.failures import Failure, InputFailure, StaleFailure, UsageFailure
 from schemas.import_model import ImportConfig
 from schemas.train_experts import ExpertManifest, ExpertsConfig, LoraConfig
+from schemas.train_gates import GateReading, GatesConfig
 from schemas.train_seed import SeedConfig, SeedManifest
-from stages import export_model, import_model, train_experts, train_seed
+from stages import export_model, import_model, train_experts, train_gates, train_seed
 from stages.artifacts.model_folder import read_model, read_tensors, write_model
 from stages.artifacts.run_models import RunModels
 from stages.nn.decoder import Decoder
+from stages.nn.gates import Gates
+from stages.nn.routed import RoutedDecoder
 
 FILES = {
     "config.json", "generation_config.json", "manifest.json", "model.safetensors", "tokenizer.json",
@@ -249,7 +252,10 @@ def test_a_changed_export_is_noticed(seeded_run, tmp_path):
     ("settings", "words"),
     [
         ({"folder": ""}, "no folder is given"),
-        ({"folder": "x", "model": "expert:3"}, "is no model to export: expected seed, dense, average or experts/003"),
+        (
+            {"folder": "x", "model": "expert:3"},
+            "expected seed, dense, average, routed or experts/003 and the like",
+        ),
         ({"folder": "x", "model": "experts/../seed"}, "is no model to export"),
         ({"folder": "x", "max_shard_bytes": 0}, "greater than 0"),
         ({"folder": "x", "adapter": True}, "seed has no adapter of its own: give --model experts/003"),
@@ -378,3 +384,49 @@ def test_an_adapter_of_another_seed_does_not_leave(settings, lora_run, copied_ru
     train_seed.run(SeedConfig(model=shape, training=training.model_copy(update={"seed": 5})), run_dir, force=True)
     words = refusal(UsageFailure, run_dir, tmp_path / "it", model="experts/001", **settings)
     assert "experts/001 is an adapter of another seed than is there now" in words
+
+
+@pytest.fixture(scope="module")
+def routed_run(expert_run, tmp_path_factory, training):
+    """`expert_run` with gates at its MLPs that Mixtral's router can be. Read-only."""
+    run_dir = shutil.copytree(expert_run, tmp_path_factory.mktemp("runs") / "routed")
+    gates = GatesConfig(
+        places=("module",),
+        modes=("joint",),
+        reading=GateReading(memory=0.0),
+        training=training.model_copy(update={"steps": 20, "weight_decay": 0.0, "learning_rate": 0.1}),
+    )
+    train_gates.run(gates, run_dir)
+    return run_dir
+
+
+def routed_logits(run_dir, ids):
+    return RoutedDecoder.from_parts(**RunModels.find(run_dir).routed("module", "joint"), weigh=Gates.log_weights)(ids)
+
+
+def test_experts_behind_gates_are_a_mixtral_that_scores_the_same(routed_run, tmp_path):
+    manifest = export(routed_run, tmp_path / "moe", model="routed")
+    assert manifest.metrics.architecture == "mixtral" and names(tmp_path / "moe") == FILES
+    model = loaded(tmp_path / "moe")
+    assert type(model).__name__ == "MixtralForCausalLM" and model.config.num_local_experts == 4
+    with torch.no_grad():
+        found, expected = model(some_ids()).logits, routed_logits(routed_run, some_ids())
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (expected - Decoder.from_weights(*RunModels.find(routed_run).decoder("seed"))(some_ids())).abs().max() > 0.01
+    assert "gates" in {ref.name for ref in manifest.inputs}
+
+
+def test_fewer_mlps_are_asked_where_that_is_wanted(routed_run, tmp_path):
+    export(routed_run, tmp_path / "moe", model="routed", experts_per_token=2)
+    assert loaded(tmp_path / "moe").config.num_experts_per_tok == 2
+    told = refusal(UsageFailure, routed_run, tmp_path / "other", model="routed", experts_per_token=5)
+    assert told == "--experts-per-token 5 is more than the 4 there are, the seed's among them"
+
+
+def test_gates_that_mixtral_has_no_router_for_are_refused(routed_run, expert_run, copied_run, tmp_path, training):
+    assert "no gates in" in refusal(UsageFailure, expert_run, tmp_path / "a", model="routed")
+    run_dir = copied_run(expert_run)
+    still = training.model_copy(update={"steps": 2, "weight_decay": 0.0})
+    train_gates.run(GatesConfig(places=("module",), modes=("joint",), training=still), run_dir)
+    told = refusal(UsageFailure, run_dir, tmp_path / "b", model="routed")
+    assert "remember (memory 0.99), and Mixtral's router does not: run `cpipe train-gates" in told
