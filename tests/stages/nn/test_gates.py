@@ -3,28 +3,14 @@ from typing import get_args
 import pytest
 import torch
 from torch import nn
+from toy_routed import VOCAB, WIDTH, loud
 
-from schemas.decoder import DecoderConfig
 from schemas.train_gates import ALONE, GateMode, Selection
-from stages.nn.decoder import Decoder
 from stages.nn.gate_losses import ContrastiveLoss, GateLoss
 from stages.nn.gates import ExpertGates, SeedGate, normalise
 
-VOCAB, WIDTH = 19, 16
 END = VOCAB  # no token of the texts here begins a document
 MODES = pytest.mark.parametrize("mode", [mode for mode in get_args(GateMode) if mode != "arrow"])
-CONFIG = DecoderConfig(
-    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-    num_key_value_heads=1,
-)  # fmt: skip
-
-
-def loud(seed):
-    torch.manual_seed(seed)
-    decoder = Decoder(CONFIG)
-    for parameter in decoder.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return decoder.eval().requires_grad_(False)
 
 
 def models(experts=3):
