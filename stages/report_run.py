@@ -49,6 +49,7 @@ def stream(config: ReportConfig, run_dir: Path) -> Iterator[FileRef]:
             "curves": _curves(manifests),
             "evaluation": _evaluation(manifests),
             "gates": _one(GatesManifest, manifests),
+            "routing": _picture(run_dir, _one(EvaluateManifest, manifests), "routing.png"),
             "compositions": {name: each for name, each in manifests.items() if isinstance(each, ComposeManifest)},
             "samples": _samples(run_dir),
             "training_samples": dict(_training_samples(run_dir)),
@@ -121,13 +122,18 @@ def _clusters(run_dir: Path, manifests: Manifests) -> dict[str, Any] | None:
     manifest: ClusterManifest | None = _one(ClusterManifest, manifests)
     if manifest is None:
         return None
-    drawn = next((ref for ref in manifest.outputs if ref.path.endswith("/map.png")), None)
     total = max(1, sum(cluster.tokens for cluster in manifest.metrics.clusters))
     return {
         "metrics": manifest.metrics,
         "shares": [cluster.tokens / total for cluster in manifest.metrics.clusters],
-        "map": picture(drawn.check(run_dir).read_bytes()) if drawn else None,
+        "map": _picture(run_dir, manifest, "map.png"),
     }
+
+
+def _picture(run_dir: Path, manifest: Manifest | None, name: str) -> str | None:
+    """A picture that a stage drew; None where it drew none."""
+    drawn = next((ref for ref in manifest.outputs if ref.path.endswith(f"/{name}")), None) if manifest else None
+    return picture(drawn.check(run_dir).read_bytes()) if drawn else None
 
 
 def _curves(manifests: Manifests) -> list[LineChart]:

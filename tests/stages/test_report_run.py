@@ -122,7 +122,8 @@ def test_it_draws_every_training_and_every_folder(page: Page) -> None:
     boxes = re.findall(r"<rect[^>]*/><text[^>]*>([^<]*)<", page.source)
     expected = {"tokens", "clusters", "seed", "experts", "dense", "gates", "central-alone", "central", "reports"}
     assert expected <= set(boxes) and len(boxes) == len(set(boxes)) == 11
-    assert '<img src="data:image/png' in page.source
+    assert page.source.count('<img src="data:image/png') == 2
+    assert 'alt="Mean weight of the seed and of each expert on the text of each source' in page.source
 
 
 def test_settings_that_are_not_the_default_stand_out(page: Page) -> None:
