@@ -50,7 +50,7 @@ class GateReading(Config):
     shared: Literal["seed", "average"] = Field(
         "seed",
         description="What tokens go through between the gated modules of full experts: the seed's weights, or the mean "
-        "of the experts'.",
+        "of the experts', which of gates that know of one expert is its own.",
     )
 
     def layer_read(self, depth: int) -> int:

@@ -192,12 +192,19 @@ def read_expert(run_dir: Path, folder: str, seed: SeedManifest, seed_decoder: Ca
     A LoRA expert comes merged, as a decoder like any other: as fast as the seed, and everything that takes decoders
     takes it. That costs memory for the weights that have an adapter, in full, for each expert; all other tensors are
     the seed's own, shared (on the processor: each decoder moved to an accelerator is a copy).
+
+    Raises UsageFailure for an expert of another seed than the run's.
     """
     manifest = ExpertManifest.read(run_dir, folder)
-    if manifest.config.lora is None:
-        return read_model(run_dir, manifest, folder)
-    shape, weights = seed_decoder()
-    return shape, read_adapted(run_dir, manifest, seed, weights)
+    if manifest.config.lora is not None:
+        shape, weights = seed_decoder()
+        return shape, read_adapted(run_dir, manifest, seed, weights)
+    if seed.as_input() not in manifest.inputs:
+        raise UsageFailure(
+            f"{run_dir / folder} was trained from another seed than is there now: "
+            f"run `cpipe {manifest.command} {run_dir} --force`"
+        )
+    return read_model(run_dir, manifest, folder)
 
 
 def routed_parts(

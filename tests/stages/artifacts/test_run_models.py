@@ -158,3 +158,12 @@ def test_a_composition_over_replaced_experts_is_refused_and_the_others_are_not(f
     with pytest.raises(UsageFailure, match="central was made from another experts than is there now: run `cpipe comp"):
         models.composition("central")
     assert models.composition("central-calm")["experts"]
+
+
+@pytest.mark.parametrize("folder", ["experts/001", "dense"])
+def test_a_model_of_another_seed_is_refused_in_one_line(folder, expert_run, copied_run):
+    run_dir = copied_run(expert_run)
+    path = run_dir / "seed/manifest.json"
+    path.write_text(path.read_text().replace('"parameters": ', '"parameters": 1'))
+    with pytest.raises(UsageFailure, match=f"{folder} was trained from another seed than is there now: run `cpipe "):
+        RunModels.find(run_dir).decoder(folder)
