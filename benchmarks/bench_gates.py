@@ -91,7 +91,8 @@ def show(tables: dict[str, dict[str, Any]], routing: dict[tuple[str, str], Any])
     for name, row in first.items():
         gap = 100 * (row["bits_per_byte"] / oracle["bits_per_byte"] - 1)
         cost = row["inference_flops"] / seed["inference_flops"]
-        found = f"{row['bits_per_byte']:.4f} | {second[name]['bits_per_byte']:.4f}"
+        other = f"{second[name]['bits_per_byte']:.4f}" if name in second else "–"  # the best single expert may differ
+        found = f"{row['bits_per_byte']:.4f} | {other}"
         print(f"| {name} | {found} | {gap:+.2f} % | {cost:.2f} |")
     print("\n| gates | layer | experts asked | entropy, bits | open to own text | to other text |")
     print("|---|---|--:|--:|--:|--:|")
