@@ -73,6 +73,8 @@ def show_evaluation(manifest: Manifest, run_dir: Path) -> None:
             f"fitted on {fitted.tokens:,} tokens of {fitted.documents:,} other documents: temperature "
             f"{fitted.temperature:.4g}, forgetting {fitted.forgetting:.4g}"
         )
+    for model, steps in metrics["dense_steps"].items():
+        OUT.print(f"{model} costs as much to train as a dense baseline of --dense-steps {steps}")
     OUT.print(f"largest change of a prediction when only the true prefix is given: {metrics['prefix_gap']:.1e} nats")
     for ref in manifest.outputs:
         OUT.print(str(run_dir / ref.path), soft_wrap=True, highlight=False)

@@ -51,6 +51,11 @@ class EvaluateConfig(Config):
             raise ValueError(f"a composition asks at least one expert, not {min(counts)}")
         return counts
 
+    @property
+    def fitted_tokens(self) -> int:
+        """Tokens, at most, that something is fitted on."""
+        return self.fit_tokens if self.fit_temperature else 0
+
     def counts(self, experts: int) -> list[int | None]:
         """The numbers of experts to mix, of so many; None stands for all."""
         return [*(count for count in self.top_k if count < experts), None]
@@ -119,6 +124,11 @@ class EvaluateMetrics(Strict):
 
     rows: tuple[ModelRow, ...] = Field(description="The table, best first.")
     usage: tuple[UsageRow, ...] = Field(description="What each part of a central model contributes.")
+    dense_steps: dict[str, int] = Field(
+        default_factory=dict,
+        description="For each composition, controls too, steps of a dense baseline (`cpipe train-experts "
+        "--dense-steps`) whose training costs as many FLOPs, the seed's included.",
+    )
     fitted: FittedRouting | None = Field(description="What was fitted, with fit-temperature; its rows say `fitted`.")
     prefix_gap: float = Field(
         ge=0, description="Largest change of a log-probability when the model is given the true prefix only, nats."

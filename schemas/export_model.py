@@ -45,7 +45,7 @@ class ExportConfig(Config):
     @field_validator("model")
     @classmethod
     def _is_one(cls, model: str) -> str:
-        if not re.fullmatch(r"seed|dense|average|routed|experts/[0-9]{3,}", model):
+        if not re.fullmatch(r"seed|dense(-[0-9]+)?|average|routed|experts/[0-9]{3,}", model):
             raise ValueError(
                 f"{model!r} is no model to export: expected seed, dense, average, routed or experts/003 and the like"
             )

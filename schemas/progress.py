@@ -34,7 +34,7 @@ MANIFESTS: dict[str, type[Manifest]] = {
     "compose": ComposeManifest,
     "evaluate": EvaluateManifest,
 }
-MODELS = ("gates", "dense", "central*", "experts/*")  # what evaluate takes in when it is there
+MODELS = ("gates", "dense", "dense-*", "central*", "experts/*")  # what evaluate takes in when it is there
 
 
 class Step(NamedTuple):
@@ -124,7 +124,7 @@ def _experts_step(config: ExpertsConfig, clusters: int | None, run_dir: Path, ch
     domains = sorted((domain.expert, domain.name) for domain in added)
     members = dict(config.members(clusters, domains)) if clusters else {}
     if config.expert is not None:
-        folder = config.expert if config.expert == "dense" else f"{folder}/{int(config.expert):03d}"
+        folder = config.folder_of(config.expert)
         members = {folder: members[folder]} if folder in members else {}
     found = {name: read_manifest(run_dir, name) for name in members if is_finished(run_dir, name)}
     inputs = {name: digest for manifest in found.values() for name, digest in _now(manifest, run_dir).items()}

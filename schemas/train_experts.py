@@ -18,6 +18,7 @@ from schemas.training import TrainingConfig, TrainingMetrics
 
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of an added domain, and so of its folder
+DENSE = "dense"  # folder of the dense baseline; further ones have their number of steps behind it
 LINEARS: tuple[Linear, ...] = get_args(Linear)  # of a layer, in the order in which they are reached
 
 
@@ -41,6 +42,11 @@ class LoraConfig(Config):
             names += LINEARS
         known = [name for name in LINEARS if name in names]
         return (*known, *(name for name in names if name not in (*LINEARS, "all")))
+
+
+def is_further(folder: str) -> bool:
+    """Whether the folder is a further dense baseline's, which belongs to no collection of members."""
+    return folder.startswith(f"{DENSE}-")
 
 
 class ExpertsConfig(Config):
@@ -68,10 +74,15 @@ class ExpertsConfig(Config):
         description="Also train the dense baseline: one model, all clusters, the whole batch, and all weights its "
         "own, whatever the kind of the experts.",
     )
+    dense_steps: tuple[int, ...] = runtime_setting(
+        (),
+        "Train a further dense baseline for so many steps, in `dense-STEPS`: as many as the total FLOPs of a "
+        "composed model allow, which `cpipe evaluate` tells.",
+    )
     expert: str | None = runtime_setting(
         None,
-        "Train only this member: a cluster's number, or `dense` (for arrays of jobs).",
-        pattern=r"^([0-9]+|dense)$",
+        "Train only this member: a cluster's number, `dense`, or `dense-STEPS` (for arrays of jobs).",
+        pattern=r"^([0-9]+|dense(-[0-9]+)?)$",
     )
     parallel: int | None = runtime_setting(
         None,
@@ -87,6 +98,13 @@ class ExpertsConfig(Config):
         if name is not None and not re.fullmatch(NAME, name):
             raise ValueError(f"--add {name!r} is no name: expected letters, digits, - and _, as in --add law")
         return name
+
+    @field_validator("dense_steps")
+    @classmethod
+    def _each_is_another(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if any(each < 1 for each in steps) or len(set(steps)) < len(steps):
+            raise ValueError(f"numbers of steps must be positive, and each another, found {list(steps)}")
+        return steps
 
     @model_validator(mode="after")
     def _names_what_is_added(self) -> Self:
@@ -121,8 +139,19 @@ class ExpertsConfig(Config):
             yield f"experts/{cluster:03d}", ExpertConfig(cluster=cluster, lora=lora, training=share)
         for number, name in added:
             yield f"experts/{number:03d}", ExpertConfig(cluster=None, added=name, lora=lora, training=share)
-        if self.dense:
-            yield "dense", ExpertConfig(cluster=None, lora=None, training=whole)
+        for folder, steps in self.all_dense().items():
+            own = whole.model_copy(update={"steps": steps})
+            yield folder, ExpertConfig(cluster=None, lora=None, training=own)
+
+    def all_dense(self) -> dict[str, int]:
+        """Steps of every dense baseline, by its folder."""
+        further = {f"{DENSE}-{steps}": steps for steps in self.dense_steps}
+        return ({DENSE: self.training.steps} if self.dense else {}) | further
+
+    @staticmethod
+    def folder_of(expert: str) -> str:
+        """The folder of the member that `--expert` names."""
+        return f"experts/{int(expert):03d}" if expert.isdecimal() else expert
 
 
 class ExpertConfig(Config):

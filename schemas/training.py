@@ -109,6 +109,11 @@ class TrainingConfig(Config):
             raise ValueError(f"{value} must hold a JSON object, found {text:.40}")
         return canonical
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step learns from, over all processes."""
+        return self.batch_size * self.sequence_length
+
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
         if self.schedule == "wsd" and self.warmup + self.decay > 1:

@@ -24,7 +24,7 @@ from schemas.files import write_bytes
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_gates import GateMode, GatesManifest, Place, Selection, label_of
 from stages.artifacts.model_folder import device
-from stages.artifacts.run_models import RunModels, expert_folder, routing_tensors
+from stages.artifacts.run_models import RunModels, expert_folder, mean_of, routing_tensors
 from stages.artifacts.stage_folder import claim_folder
 from stages.clustering.routing import Router
 from stages.data.token_store import TokenStore, read_table
@@ -86,9 +86,8 @@ class Evaluation:
         self.shape = models.decoder("seed")[0]
         self.length = length = models.window_length(self.shape)
         store, self.end = TokenStore.open(models.held_out_text(tokens)), tokens.metrics.end_of_text
-        others = config.fit_tokens if config.fit_temperature else 0
         self.windows, self.usage_windows, self.fit_windows = choose_windows(
-            store, self.end, length, config.tokens, config.usage_tokens, others, switched=config.switched
+            store, self.end, length, config.tokens, config.usage_tokens, config.fitted_tokens, switched=config.switched
         )
         documents = self.windows.documents
         table = read_table(clusters.output("assignments-valid.arrow").check(run_dir))
@@ -103,6 +102,7 @@ class Evaluation:
         self.usage: list[UsageRow] = []
         self.fitted: FittedRouting | None = None
         self.prefix_gap = 0.0
+        self.dense_steps: dict[str, int] = {}
         self.parameters = models.seed.metrics.parameters
         self.costs = DecoderCosts(
             Decoder.from_weights(*models.decoder("seed")),
@@ -110,7 +110,6 @@ class Evaluation:
             models.gates.metrics.layer if models.gates else None,
             models.seed.metrics.trained_tokens,
             sum(expert.metrics.training.tokens for expert in models.experts),
-            models.dense.metrics.training.tokens if models.dense else 0,
             models.experts[0].config.lora,
         )
 
@@ -129,21 +128,21 @@ class Evaluation:
 
     def add_single_models(self) -> None:
         """Seed, dense, the weight average and the best expert; keeps the experts' scores for what follows."""
-        size, flops = self.parameters, self.costs.forward
-        folders = [expert_folder(number) for number in range(len(self.models.experts))]
         self.seed_scores = self.score(self._decoder("seed"), "seed")
         self.expert_scores = self._score_experts(self.windows)
-        self.table.add("seed", "single", self.seed_scores, size, size, self.costs.seed, flops)
-        if self.models.dense:
-            scores = self.score(self._decoder("dense"), "dense")
-            self.table.add("dense", "single", scores, size, size, self.costs.dense, flops)
-        weights = [self.models.decoder(folder)[1] for folder in folders]
-        mean = {name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]}
+        self._add_single("seed", self.seed_scores, self.costs.seed)
+        for folder, manifest in self.models.all_dense().items():
+            training = manifest.metrics.training
+            label = f"dense, {training.steps} steps" if folder in self.models.further_dense else folder
+            self._add_single(label, self.score(self._decoder(folder), label), self.costs.from_seed(training.tokens))
+        mean = mean_of([self.models.decoder(expert_folder(number))[1] for number in range(len(self.models.experts))])
         average = self.score(Decoder.from_weights(self.shape, mean).to(device()), "weight average")
-        self.table.add("weight average", "single", average, size, size, self.costs.experts, flops)
+        self._add_single("weight average", average, self.costs.experts)
         best = int(self.expert_scores.sum(0).argmax())
-        name = f"best single expert ({best:03d})"
-        self.table.add(name, "single", self.expert_scores[:, best], size, size, self.costs.experts, flops)
+        self._add_single(f"best single expert ({best:03d})", self.expert_scores[:, best], self.costs.experts)
+
+    def _add_single(self, label: str, scores: Tensor, training: float) -> None:
+        self.table.add(label, "single", scores, self.parameters, self.parameters, training, self.costs.forward)
 
     def _score_experts(self, windows: Windows) -> Tensor:
         """Log-probabilities [N, experts] of every token of the windows."""
@@ -255,6 +254,7 @@ class Evaluation:
         scores = self.score(lambda ids: composed(ids).logits_BTV, label)
         self.table.add(label, "control" if copies else "composed", scores, size, size, training, costs.forward)
         self._add_usage(label, composed, ("bridges", "experts", "latents", "plan"))
+        self.dense_steps[label] = self.costs.steps_of(training, self.models.members.config.training.tokens_per_step)
         for few in (few for few in self.config.active_experts if few < count and not copies):
             chosen, row = ChosenExperts(composed, few), f"{label}, top-{few} per text"
             scores = self.score(chosen.logits, row, size=1)  # texts alone, so that nothing counted is padding
@@ -286,6 +286,7 @@ class Evaluation:
         return EvaluateMetrics(
             rows=rows,
             usage=tuple(self.usage),
+            dense_steps=self.dense_steps,
             fitted=self.fitted,
             prefix_gap=self.prefix_gap,
             documents=len(self.windows.documents),

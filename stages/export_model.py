@@ -41,7 +41,7 @@ from stages.artifacts.model_folder import (
     write_as,
     write_tokenizer,
 )
-from stages.artifacts.run_models import RunModels, Weights, expert_folder, read_expert
+from stages.artifacts.run_models import RunModels, Weights, expert_folder, mean_of, read_expert
 
 TYPES: dict[str, WeightType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LARGEST = torch.finfo(torch.float16).max
@@ -193,9 +193,7 @@ def _chat_template(folder: Path, companions: Mapping[str, bytes]) -> list[FileRe
 def _mean(models: Sequence[Weights]) -> Weights:
     """The model itself where there is one; else the mean of the weights, as evaluate scores it."""
     shape, first = models[0]
-    if len(models) == 1:
-        return shape, first
-    return shape, {name: torch.stack([weights[name] for _, weights in models]).mean(0) for name in first}
+    return shape, first if len(models) == 1 else mean_of([weights for _, weights in models])
 
 
 def _write_adapter(config: ExportConfig, folder: Path, source: Source) -> tuple[list[FileRef], ExportMetrics]:

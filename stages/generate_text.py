@@ -170,7 +170,7 @@ def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
     name = config.model
     if config.active_experts and name not in models.compositions:
         raise UsageFailure(f"--active-experts is for composed models, and {name} is none here: leave it out")
-    if name == "seed" or (name == "dense" and models.dense):
+    if name == "seed" or name in models.all_dense():
         return DecoderReader(partial(_decoder, models, name))
     number = name.removeprefix("expert:")
     if number != name and number.isdecimal() and int(number) < len(models.experts):
@@ -183,8 +183,7 @@ def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
     if name in models.compositions:
         composed = ComposedModel.from_parts(**models.composition(name)).to(device())
         return ComposedReader(ChosenExperts(composed, config.active_experts or len(composed.experts)))
-    dense = ["dense"] if models.dense else []
-    there = ["seed", *dense, f"expert:0 to expert:{len(models.experts) - 1}", "cbtm", *models.compositions]
+    there = ["seed", *models.all_dense(), f"expert:0 to expert:{len(models.experts) - 1}", "cbtm", *models.compositions]
     more = "" if models.compositions else f"; `cpipe compose {run_dir}` makes central"
     raise UsageFailure(f"no model {name} in {run_dir}: there are {', '.join(there)}{more}")
 

@@ -28,7 +28,7 @@ from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME, Manifest
 from schemas.plan_training import Memory, Plan, PlanConfig, PlannedTraining
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_experts import ExpertsManifest, LoraConfig
+from schemas.train_experts import DENSE, ExpertsManifest, LoraConfig
 from schemas.train_gates import ALONE, GateMode, GatesConfig, Place, label_of
 from schemas.train_seed import SeedManifest
 from schemas.training import TrainingConfig
@@ -144,8 +144,8 @@ def _jobs(
     yield Job("experts", experts, adapted, share, share=1 / experts)
     for name, part in added.items():
         yield Job(f"expert {name}", 1, adapted, share, share=part)
-    if "dense" in members:
-        yield Job("dense", 1, decoder, members["dense"].training)
+    for name in (name for name in members if name.startswith(DENSE)):
+        yield Job(name, 1, decoder, members[name].training)
     experts += len(added)
     for place, mode in config.gates.kinds():
         if mode in ("mean-activation", "arrow"):
@@ -236,7 +236,7 @@ def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, spee
     recompute = training.activation_checkpointing
     half, kept = precision != "fp32", partial(numbers_kept, config=training)
     cost = cost_of_pass(job.make, micro, length, half=half, recompute=recompute, numbers_kept=kept)
-    tokens = training.steps * training.batch_size * length
+    tokens = training.steps * training.tokens_per_step
     flops = cost.flops / (micro * length) * tokens
     return PlannedTraining(
         name=job.name,

@@ -25,7 +25,7 @@ from schemas.progress import find_progress, is_finished
 from schemas.strict import Config, explain
 from schemas.submit_jobs import FOLDER, RECORD, JobRecord, JobRow, JobsRecord, SubmitConfig
 from schemas.tokenize_text import ShareManifest, TokenizeConfig, TokenizeManifest
-from schemas.train_experts import ExpertsConfig, ExpertsManifest
+from schemas.train_experts import DENSE, ExpertsConfig, ExpertsManifest
 from schemas.train_gates import ALONE, GatesConfig, GatesManifest, label_of
 from stages.artifacts.added_domains import begun_domains
 from stages.artifacts.locks import turn_by_turn
@@ -100,11 +100,10 @@ def _jobs(config: SubmitConfig, run_dir: Path, todo: Todo) -> Iterator[Job]:
         elif command == "train-experts":
             each, experts = words(command, "--expert", TASK), slurm.resolved(slurm.train_experts)
             yield Job("experts", each, experts, after, _experts(config, run_dir), trains=True, force=force)
-            if cast(ExpertsConfig, stages[command][-1]).dense:
-                dense = slurm.resolved(slurm.train_experts, slurm.train_dense)
-                alone = words(command, "--expert", "dense")
-                yield Job("dense", alone, dense, after, trains=True, force=force)
-            yield Job(command, words(command), slurm.resolved(slurm.join), after=("experts", "dense"))
+            resources = slurm.resolved(slurm.train_experts, slurm.train_dense)
+            for dense in (baselines := cast(ExpertsConfig, stages[command][-1]).all_dense()):
+                yield Job(dense, words(command, "--expert", dense), resources, after, trains=True, force=force)
+            yield Job(command, words(command), slurm.resolved(slurm.join), after=("experts", *baselines))
         elif command == "train-gates" and (independent := _gates_alone(config)):
             gates = slurm.resolved(slurm.train_gates)
             each = words(command, "--expert", TASK)
@@ -165,10 +164,9 @@ def _is_done(job: Job, task: int | None, config: SubmitConfig, run_dir: Path) ->
     folders = {
         "tokenize-shards": [f"{ShareManifest.folder}/{task or 0:03d}-of-{len(job.tasks):03d}"],
         "experts": [f"{ExpertsManifest.folder}/{task or 0:03d}"],
-        "dense": ["dense"],
         "gates": [f"{folder}/{task or 0:03d}" for folder in _gates_alone(config)] if job.name == "gates" else [],
     }
-    found = folders.get(job.name, [])
+    found = folders.get(job.name, [job.name] if job.name.startswith(DENSE) else [])
     return bool(found) and all((run_dir / folder / FILE_NAME).is_file() for folder in found)
 
 

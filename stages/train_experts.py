@@ -2,7 +2,8 @@
 
 - tokens are matched by batch size, not by steps: k experts take as many optimizer steps as the dense baseline, with
   1/k of the batch each (Gururangan et al. 2023); with 1/k of the steps instead, they lose to the dense model
-- the dense baseline is a member like any other: the same seed, steps and schedule, all documents, the whole batch
+- the dense baseline is a member like any other: the same seed, steps and schedule, all documents, the whole batch.
+  Further ones take more steps: what the FLOPs of a composed model come to when one model gets them all
 - every member is a finished stage of its own, so members can be trained by different jobs, several at once, and only
   missing ones are; one that fails does not stop the others
 - a LoRA expert trains and keeps adapters over the seed only; the dense baseline beside it stays a full model
@@ -29,6 +30,7 @@ from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, InputRef
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import (
+    DENSE,
     AddedConfig,
     AddedManifest,
     ExpertConfig,
@@ -38,6 +40,7 @@ from schemas.train_experts import (
     ExpertsManifest,
     ExpertsMetrics,
     LoraConfig,
+    is_further,
 )
 from schemas.train_seed import SeedManifest
 from stages.artifacts.adapter_folder import seed_from, write_adapter
@@ -71,7 +74,7 @@ def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> Experts
     members = dict(config.members(upstream[1].config.clusters, _domains(run_dir, upstream)))
     forced = {folder for folder, member in members.items() if force and config.add in (None, member.added)}
     if config.expert is not None:
-        folder = config.expert if config.expert == "dense" else f"experts/{int(config.expert):03d}"
+        folder = config.folder_of(config.expert)
         if folder not in members:
             raise UsageFailure(f"--expert {config.expert} is not one of {', '.join(members)}")
         return _train_member(folder, members[folder], run_dir, upstream, force)
@@ -181,8 +184,9 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
     with claim_folder(run_dir, ExpertManifest, config, inputs, folder=folder, force=force) as claim:
         if claim.finished:
             return claim.finished
-        # The manifest of all members says that each is finished: from here on one is not.
-        (run_dir / ExpertsManifest.folder / FILE_NAME).unlink(missing_ok=True)
+        if not is_further(folder):
+            # The manifest of all members says that each is finished: from here on one is not.
+            (run_dir / ExpertsManifest.folder / FILE_NAME).unlink(missing_ok=True)
         training = config.training
         store, documents = _documents(config, run_dir, tokens, clusters)
         rows = Rows(store, tokens.metrics.end_of_text, training.sequence_length, documents)
@@ -251,16 +255,20 @@ def _write(
 
 
 def _finish(config: ExpertsConfig, run_dir: Path, members: dict[str, ExpertManifest]) -> ExpertsManifest:
-    """Write the manifest of `experts/`: the digests of its members stand for their content."""
+    """Write the manifest of `experts/`: the digests of its members stand for their content.
+
+    Further dense baselines are none of them: nothing that is made from the experts has to be made again for one.
+    """
+    members = {folder: member for folder, member in members.items() if not is_further(folder)}
     inputs = [InputRef(name=folder, digest=member.content_digest()) for folder, member in members.items()]
-    experts = [member for folder, member in members.items() if folder != "dense"]
+    experts = [member for folder, member in members.items() if folder != DENSE]
     with claim_folder(run_dir, ExpertsManifest, config, inputs, collection=True) as claim:
         return claim.finished or claim.finish(
             [],
             ExpertsMetrics(
                 experts=len(experts),
                 tokens=sum(expert.metrics.training.tokens for expert in experts),
-                dense_tokens=members["dense"].metrics.training.tokens if "dense" in members else 0,
+                dense_tokens=members[DENSE].metrics.training.tokens if DENSE in members else 0,
                 final_losses=tuple(expert.metrics.training.final_loss for expert in experts),
             ),
         )

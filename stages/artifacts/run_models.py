@@ -17,7 +17,7 @@ from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME, InputRef, Manifest
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_experts import ExpertManifest, ExpertsManifest
+from schemas.train_experts import DENSE, ExpertManifest, ExpertsManifest
 from schemas.train_gates import GateMode, GatesManifest, Place, label_of
 from schemas.train_seed import SeedManifest
 from stages.artifacts.adapter_folder import read_adapted, read_adapter
@@ -36,6 +36,7 @@ class RunModels:
     seed: SeedManifest
     experts: tuple[ExpertManifest, ...]
     dense: ExpertManifest | None
+    further_dense: dict[str, ExpertManifest]  # by folder, those of fewer steps first
     gates: GatesManifest | None
     central: CentralAloneManifest | None
     compositions: dict[str, ComposeManifest]
@@ -54,11 +55,16 @@ class RunModels:
             members,
             SeedManifest.read(run_dir),
             tuple(ExpertManifest.read(run_dir, expert_folder(number)) for number in numbers),
-            _maybe(ExpertManifest, run_dir, "dense"),
+            _maybe(ExpertManifest, run_dir, DENSE),
+            _further_dense(run_dir),
             _maybe(GatesManifest, run_dir, GatesManifest.folder),
             _maybe(CentralAloneManifest, run_dir, CentralAloneManifest.folder),
             compositions,
         )
+
+    def all_dense(self) -> dict[str, ExpertManifest]:
+        """The dense baselines by folder, the experts' own first."""
+        return ({DENSE: self.dense} if self.dense else {}) | self.further_dense
 
     def held_out_text(self, tokens: TokenizeManifest) -> list[Path]:
         """The token shards of held-out text, checked, those of added domains last."""
@@ -97,7 +103,7 @@ class RunModels:
         named: dict[str, Manifest | None] = {
             "seed": self.seed,
             **{expert_folder(number): expert for number, expert in enumerate(self.experts)},
-            "dense": self.dense,
+            **self.all_dense(),
             "gates": self.gates,
             CentralAloneManifest.folder: self.central,
             **self.compositions,
@@ -106,7 +112,7 @@ class RunModels:
 
     @cache  # noqa: B019  # a run's models are read once per process, which ends with the command
     def decoder(self, folder: str) -> Weights:
-        """Shape and weights of `seed`, `dense` or `experts/007`. Raises UsageFailure when there is no such model.
+        """Shape and weights of `seed`, `dense`, `dense-2000` or `experts/007`. Raises UsageFailure where it is none.
 
         See `read_expert` for what a LoRA expert is and costs.
         """
@@ -226,13 +232,23 @@ def routed_parts(
     experts = [read_model(run_dir, manifest, folder)[1] for manifest, folder in zip(manifests, folders, strict=True)]
     between = weights
     if shared == "average":
-        between = {name: torch.stack([each[name] for each in experts]).mean(0) for name in weights}
+        between = mean_of(experts)
     return {"shared": (shape, between), "seed": weights, "adapters": [], "experts": experts}
+
+
+def mean_of(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the weights of models of one shape."""
+    return {name: torch.stack([weights[name] for weights in models]).mean(0) for name in models[0]}
 
 
 def expert_folder(number: int) -> str:
     """Folder of an expert in the run."""
     return f"experts/{number:03d}"
+
+
+def _further_dense(run_dir: Path) -> dict[str, ExpertManifest]:
+    found = {path.parent.name: ExpertManifest.parse(path) for path in run_dir.glob(f"{DENSE}-*/{FILE_NAME}")}
+    return dict(sorted(found.items(), key=lambda item: item[1].metrics.training.steps))
 
 
 def _maybe(kind: Any, run_dir: Path, folder: str) -> Any:

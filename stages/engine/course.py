@@ -60,7 +60,7 @@ class Course:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return (self.step - self.skipped) * self._config.batch_size * self._config.sequence_length
+        return (self.step - self.skipped) * self._config.tokens_per_step
 
     def progress(self) -> Progress:
         """What a checkpoint says."""

@@ -63,7 +63,7 @@ class Reporter:
             return
         config = self._config
         steps_per_second = (step - self._first_step) / (time.monotonic() - self._started)
-        tokens_per_second = steps_per_second * config.batch_size * config.sequence_length
+        tokens_per_second = steps_per_second * config.tokens_per_step
         text = f"loss {loss:.3f} · {tokens_per_second:,.0f} tokens/s"
         logged = step % config.log_every == 0 or step == config.steps or not outcome.applied
         progress = logger.bind(task=self._label, done=step, total=config.steps, text=text)
@@ -73,7 +73,7 @@ class Reporter:
             return
         numbers = {
             "step": step,
-            "tokens": step * config.batch_size * config.sequence_length,
+            "tokens": step * config.tokens_per_step,
             **{name: float(value) for name, value in outcome.parts.items()},
             "learning_rate": rate,
             "gradient_norm": outcome.norm,

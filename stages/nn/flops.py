@@ -64,21 +64,29 @@ class DecoderCosts:
         gate_layer: int | None,
         seed: int,
         experts: int,
-        dense: int,
         lora: LoraConfig | None = None,
     ) -> None:
-        """`seed`, `experts` (all together), `dense`: tokens they were trained on; the latter two from the seed on."""
+        """`seed`, `experts` (all together): tokens they were trained on, the latter from the seed on."""
         self.forward = forward_flops(decoder, length)
         self.gates = 0.0  # of the seed, read up to the layer the gates look at
         if gate_layer is not None:
             self.gates = forward_flops(lambda ids: decoder.hidden_states(ids, depth=gate_layer), length)
-        token = BACKWARD_AND_FORWARD * self.forward
-        self.seed, self.experts, self.dense = token * seed, token * (seed + experts), token * (seed + dense)
+        self._token = BACKWARD_AND_FORWARD * self.forward
+        self.seed = self._token * seed
+        self.experts = self.from_seed(experts)
         self._size = sum(weight.numel() for weight in decoder.parameters())
         self._adapters: int | None = None
         if lora:
             self._adapters, expert_token = adapter_costs(decoder.config, lora, length)
             self.experts = self.seed + expert_token * experts
+
+    def from_seed(self, tokens: int) -> float:
+        """Of a decoder, the seed's included, that was trained on so many tokens after it."""
+        return self.seed + self._token * tokens
+
+    def steps_of(self, training: float, tokens_per_step: int) -> int:
+        """Steps after the seed's that a decoder can take for as many FLOPs as another's training took in all."""
+        return max(0, round((training - self.seed) / (self._token * tokens_per_step)))
 
     def gate_training(self, gates: GatesMetrics, mode: GateMode) -> float:
         """Of the gates at the experts' inputs: forward passes of what they read, and of the models they weigh."""

@@ -55,6 +55,14 @@ def test_without_the_dense_baseline_only_what_holds_the_experts_together_is_writ
     assert step.state == "run" and step.why[0] == "dense was true and is now false"
 
 
+def test_a_further_dense_baseline_is_missing_until_it_is_trained(experts: ExpertsConfig, expert_run: Path) -> None:
+    asked = experts.model_copy(update={"dense_steps": (9,)})
+    (step,) = find_progress([("train-experts", asked)], expert_run)
+    assert (step.state, step.why) == ("run", ("dense-9 is not finished",))
+    (step,) = find_progress([("train-experts", asked.model_copy(update={"expert": "dense-9"}))], expert_run)
+    assert (step.folder, step.state) == ("dense-9", "run")
+
+
 def test_a_share_of_the_batch_follows_from_the_clusters_asked_for(experts: ExpertsConfig, expert_run: Path) -> None:
     asked = [("cluster", ClusterConfig(clusters=2, dimensions=8)), ("train-experts", experts)]
     clusters, members = find_progress(asked, expert_run)

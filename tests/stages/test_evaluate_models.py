@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from schemas.evaluate_models import EvaluateConfig, EvaluateManifest
-from schemas.failures import UsageFailure
+from schemas.failures import StaleFailure, UsageFailure
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertManifest, ExpertsConfig
 from stages import evaluate_models, train_experts
@@ -274,6 +274,26 @@ def test_a_run_without_gates_compositions_and_dense_has_fewer_rows(expert_run, c
     assert "dense" not in {row.model for row in metrics.rows}
     assert {row.against_dense for row in metrics.rows} == {None}
     assert metrics.usage == () and metrics.prefix_gap == 0
+
+
+def test_a_further_dense_baseline_has_a_row_and_makes_the_table_stale(evaluated_run, copied_run, evaluation, rows):
+    run_dir = copied_run(evaluated_run)
+    shutil.copytree(run_dir / "dense", run_dir / "dense-8")
+    with pytest.raises(StaleFailure, match="dense-8 is new"):
+        evaluate_models.run(evaluation, run_dir)
+    again = {row.model: row for row in evaluate_models.run(evaluation, run_dir, force=True).metrics.rows}
+    assert again.pop("dense, 8 steps") == again["dense"].model_copy(update={"model": "dense, 8 steps"})
+    assert again == rows
+
+
+def test_a_composition_is_told_the_steps_of_a_dense_baseline_that_costs_as_much(evaluated_run, metrics, rows):
+    dense = ExpertManifest.read(evaluated_run, "dense").metrics.training
+    step = (rows["dense"].training_flops - rows["seed"].training_flops) / dense.steps
+    composed = {row.model for row in metrics.rows if row.group in ("composed", "control")}
+    assert set(metrics.dense_steps) == {model for model in composed if "per text" not in model}
+    for model, steps in metrics.dense_steps.items():
+        spent = rows[model].training_flops
+        assert abs(rows["seed"].training_flops + steps * step - spent) <= 0.5 * step
 
 
 def test_a_new_composition_makes_the_table_stale_and_says_so(evaluated_run, copied_run, evaluation):

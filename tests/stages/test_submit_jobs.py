@@ -155,6 +155,16 @@ def test_until_a_stage_no_dense_one_shard(slurm, config, tmp_path):
     assert list(slurm.submitted()) == ["tokenize", "cluster", "train-seed", "experts", "train-experts"]
 
 
+def test_every_further_dense_baseline_is_a_job_of_its_own(slurm, config, training, tmp_path):
+    experts = ExpertsConfig(training=training, dense_steps=(20, 30))
+    run(config(until="train-experts", train_experts=experts), tmp_path / "run")
+    found = slurm.submitted()
+    baselines = [job for job in found if job.startswith("dense")]
+    assert baselines == ["dense", "dense-20", "dense-30"]
+    assert found["train-experts"][1] == [str(found[job][0]) for job in ("experts", *baselines)]
+    assert "--expert dense-20" in (tmp_path / "run/slurm/dense-20.sh").read_text()
+
+
 def test_without_submit_scripts_are_written_and_nothing_is_called(slurm, config, tmp_path):
     rows = run(config(submit=False), tmp_path / "run")
     assert set(states(rows).values()) == {"to submit"}

@@ -123,7 +123,30 @@ def test_one_expert_alone_then_the_rest(expert_run, seeded_run, copied_run, conf
         assert ExpertManifest.read(run_dir, folder).outputs == ExpertManifest.read(expert_run, folder).outputs
 
 
-@pytest.mark.parametrize("dense, expert", [(True, "3"), (True, "17"), (False, "dense")])
+def test_a_further_dense_baseline_takes_its_own_steps_and_leaves_the_rest_as_it_is(
+    expert_run, copied_run, config, calls
+):
+    run_dir, before = copied_run(expert_run), ExpertsManifest.read(expert_run)
+    asked = config.model_copy(update={"dense_steps": (11,)})
+    assert train_experts.run(asked, run_dir) == before
+    assert list(calls) == ["dense-11"]
+    longer, dense = ExpertManifest.read(run_dir, "dense-11"), ExpertManifest.read(run_dir, "dense")
+    assert longer.metrics.training.steps == 11
+    assert longer.config == dense.config.model_copy(update={"training": longer.config.training})
+    assert ExpertsManifest.read(run_dir) == before
+    calls.clear()
+    assert train_experts.run(asked.model_copy(update={"expert": "dense-11"}), run_dir) == longer
+    assert train_experts.run(asked, run_dir) == before
+    assert not calls
+
+
+@pytest.mark.parametrize("steps", [(0,), (-3,), (9, 9)])
+def test_steps_of_further_dense_baselines_are_positive_and_differ(steps, config):
+    with pytest.raises(ValueError, match="must be positive, and each another"):
+        ExpertsConfig.from_mapping({"dense_steps": steps})
+
+
+@pytest.mark.parametrize("dense, expert", [(True, "3"), (True, "17"), (False, "dense"), (True, "dense-7")])
 def test_a_member_that_is_none_is_refused(dense, expert, seeded_run, copied_run, config, calls):
     asked = config.model_copy(update={"expert": expert, "dense": dense})
     with pytest.raises(UsageFailure, match=f"--expert {expert} is not one of experts/000, experts/001, experts/002"):

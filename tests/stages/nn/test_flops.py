@@ -84,15 +84,23 @@ def test_a_step_of_adapters_leaves_out_the_gradients_of_frozen_weights(targets):
 
 
 def test_decoders_without_adapters_cost_what_they_did():
-    costs = DecoderCosts(decoder(), 16, None, seed=100, experts=50, dense=60)
+    costs = DecoderCosts(decoder(), 16, None, seed=100, experts=50)
     token = 3 * costs.forward
-    assert (costs.seed, costs.experts, costs.dense) == (100 * token, 150 * token, 160 * token)
+    assert (costs.seed, costs.experts, costs.from_seed(60)) == (100 * token, 150 * token, 160 * token)
     assert costs.weights(2.5, 2) == round(2.5 * sum(weight.numel() for weight in decoder().parameters()))
+
+
+def test_the_steps_of_a_decoder_cost_what_another_training_did_to_half_a_step():
+    costs = DecoderCosts(decoder(), 16, None, seed=100, experts=50)
+    spent = costs.from_seed(1000)
+    assert costs.steps_of(spent, tokens_per_step=64) == round(1000 / 64)
+    assert abs(costs.from_seed(64 * costs.steps_of(spent, 64)) - spent) <= 32 * 3 * costs.forward
+    assert costs.steps_of(costs.seed / 2, 64) == 0  # it cost less than the seed alone
 
 
 def test_experts_of_adapters_share_the_weights_of_the_seed_and_train_for_less():
     lora = LoraConfig(rank=2)
-    costs = DecoderCosts(decoder(), 16, None, seed=100, experts=50, dense=60, lora=lora)
+    costs = DecoderCosts(decoder(), 16, None, seed=100, experts=50, lora=lora)
     weights, flops = adapter_costs(decoder().config, lora, 16)
     assert costs.experts == pytest.approx(300 * costs.forward + 50 * flops)
     assert costs.weights(4, 3) == sum(weight.numel() for weight in decoder().parameters()) + 3 * weights
