@@ -20,9 +20,14 @@ class BridgeConfig(Config):
 
     bridge: Literal["stitch", "calm"] = Field(
         "stitch",
-        description="Position-wise mixing of hidden states, or cross-attention; before the output layer it is mixing.",
+        description="Position-wise mixing of hidden states, or cross-attention; in the end it is mixing.",
     )
-    token_sites: int = Field(2, gt=0, description="Places where tokens read; the last is before the output layer.")
+    head: Literal["predictions", "states"] = Field(
+        "predictions",
+        description="What is mixed in the end: the predictions of the central model and the experts, each through its "
+        "own output layer, or their last states, for the central model's.",
+    )
+    token_sites: int = Field(2, gt=0, description="Places where tokens read; the last is in the end.")
     latent_sites: int = Field(2, ge=0, description="Places where latents read; the last is after their last layer.")
     evidence: bool = Field(
         True, description="Weigh experts by how well each predicted the tokens so far, with a memory that fades."

@@ -175,7 +175,8 @@ class RunModels:
             gate = (self.gate_tensors(), *self.gates.reads(manifest.config.gates))
         return {
             "central": CentralConfig.from_mapping(shapes["central"]),
-            "bridges": BridgeConfig.from_mapping(shapes["bridges"]),
+            # Before there was a choice, states were mixed.
+            "bridges": BridgeConfig.from_mapping({"head": "states"} | shapes["bridges"]),
             "weights": read_tensors(manifest.output(WEIGHTS).check(self.run_dir)),
             "experts": [self.decoder(expert_folder(number) if trained else "seed") for number in numbers],
             "seed": self.decoder("seed"),

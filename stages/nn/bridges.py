@@ -21,7 +21,7 @@ States = Sequence[Tensor | None]  # of each expert; None where it rests
 
 STEEPEST = 4.0  # slope of the recency bias of the first head: the token before weighs e^-4
 SHARE_INSIDE = 0.3  # what experts have at first between layers
-SHARE_BEFORE_HEAD = 0.5  # and before the output layer
+SHARE_AT_HEAD = 0.5  # and in the end
 NULL = -1  # in the place of the last token the null key has seen
 READERS = 256  # that attend at a time
 RESTING = -1e4  # log-probability of an expert at rest: no weight in any precision, yet a number, and 0 times it is 0
@@ -76,7 +76,38 @@ class Prior(nn.Module):
         return (prior_BNXF.float() * self.weight_F).sum(-1) + self.bias_X
 
 
-class StitchBridge(nn.Module):
+class Shares(nn.Module):
+    """How much of what is read comes from whom, the reader's own part among it: by its state, and by the priors."""
+
+    def __init__(self, width: int, experts: int, priors: int, opened: float) -> None:
+        """`opened`: what experts have at first, all together."""
+        super().__init__()
+        self.prior = Prior(experts, priors)
+        self.choose = nn.Linear(width, experts, bias=False)
+        self.open = nn.Linear(width, 1)
+        nn.init.zeros_(self.choose.weight)
+        nn.init.zeros_(self.open.weight)
+        nn.init.constant_(self.open.bias, torch.logit(torch.tensor(opened)).item())
+
+    def scores(self, x_BND: Tensor, prior_BNXF: Tensor, resting: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Log-odds [B, N, 1] of the experts together, and scores [B, N, X] among them."""
+        unit_BND = unit_scale(x_BND)
+        score_BNX = self.choose(unit_BND).float() + self.prior(prior_BNXF)
+        return self.open(unit_BND).float(), without(score_BNX, resting)
+
+    def shares(self, x_BND: Tensor, prior_BNXF: Tensor, resting: Sequence[int] = ()) -> Tensor:
+        """[B, N, 1 + X], summing to one: the reader's own share, then the experts'."""
+        open_BN1, score_BNX = self.scores(x_BND, prior_BNXF, resting)
+        open_BN1 = open_BN1.sigmoid()
+        return torch.cat([1 - open_BN1, open_BN1 * score_BNX.softmax(-1)], -1)
+
+    def log_shares(self, x_BND: Tensor, prior_BNXF: Tensor, resting: Sequence[int] = ()) -> Tensor:
+        """Their logarithms, which have a gradient where a share vanishes."""
+        open_BN1, score_BNX = self.scores(x_BND, prior_BNXF, resting)
+        return torch.cat([F.logsigmoid(-open_BN1), F.logsigmoid(open_BN1) + score_BNX.log_softmax(-1)], -1)
+
+
+class StitchBridge(Shares):
     """Mix each state with the experts' at its last token: `g_0 x + Σ g_e W_e h_e` (BTS, arXiv 2502.00075), Σ g = 1.
 
     `before_head`: the state is normed and goes straight into the output layer, as the experts' last states do into
@@ -84,24 +115,9 @@ class StitchBridge(nn.Module):
     """
 
     def __init__(self, width: int, expert_widths: list[int], priors: int, *, before_head: bool = False) -> None:
-        super().__init__()
+        super().__init__(width, len(expert_widths), priors, SHARE_AT_HEAD if before_head else SHARE_INSIDE)
         self.before_head = before_head
         self.project = nn.ModuleList(identity_linear(inner, width) for inner in expert_widths)
-        self.prior = Prior(len(expert_widths), priors)
-        self.choose = nn.Linear(width, len(expert_widths), bias=False)
-        self.open = nn.Linear(width, 1)
-        share = torch.tensor(SHARE_BEFORE_HEAD if before_head else SHARE_INSIDE)
-        nn.init.zeros_(self.choose.weight)
-        nn.init.zeros_(self.open.weight)
-        nn.init.constant_(self.open.bias, torch.logit(share).item())
-
-    def shares(self, x_BND: Tensor, prior_BNXF: Tensor, resting: Sequence[int] = ()) -> Tensor:
-        """[B, N, 1 + X], summing to one: the central model's own share, then the experts'."""
-        unit_BND = unit_scale(x_BND)
-        open_BN1 = self.open(unit_BND).float().sigmoid()
-        score_BNX = self.choose(unit_BND).float() + self.prior(prior_BNXF)
-        expert_BNX = without(score_BNX, resting).softmax(-1)
-        return torch.cat([1 - open_BN1, open_BN1 * expert_BNX], -1)
 
     def forward(self, x_BND: Tensor, state_XBNE: States, prior_BNXF: Tensor) -> Tensor:
         """The mixed states [B, N, D]; `state_XBNE` are the experts' at the last token of each state."""

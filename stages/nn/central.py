@@ -16,6 +16,7 @@ E concept width, H horizon, V vocabulary.
   writes little at first, and the model starts as the seed with a window
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -139,6 +140,19 @@ class CentralModel(Level):
         `read` lets the states of every site be changed by what experts know. `ablate` leaves out what "latents" or
         "plan" give to tokens (more in `Level.think`); for "bridges", give no `read`.
         """
+        x_BTD, levels = self.states(ids_BT, cache, read, ablate, last=last)
+        return CentralOutput(self.lm_head(x_BTD).float(), levels)
+
+    def states(
+        self,
+        ids_BT: Tensor,
+        cache: CentralCache | None = None,
+        read: Read | None = None,
+        ablate: frozenset[str] = NOTHING,
+        *,
+        last: bool = False,
+    ) -> tuple[Tensor, list[LevelOutput]]:
+        """As `forward`, but for the output layer: the states [B, T, D] it reads, and what the levels give."""
         cache = self.new_cache() if cache is None else cache
         token_T = torch.arange(cache.seen, cache.seen + ids_BT.shape[1], device=ids_BT.device)
         x_BTD = self._tokens(self.encoder, self.embed_tokens(ids_BT), token_T, cache.encoder)
@@ -148,7 +162,7 @@ class CentralModel(Level):
             x_BTD, token_T = x_BTD[:, -1:], token_T[-1:]
         if read is not None:
             x_BTD = read(HEAD_SITE, x_BTD, token_T)
-        return CentralOutput(self.lm_head(x_BTD).float(), levels)
+        return x_BTD, levels
 
     def _tokens(
         self, layers: nn.ModuleList, x_BTD: Tensor, token_T: Tensor, cache: StackCache, read: Read | None = None
@@ -212,7 +226,8 @@ class CentralLoss(nn.Module):
         """`row_BT`: T = sequence length + 1 token ids; every token but the first is predicted."""
         row_BT = self.central.begun(row_BT)
         out = self.central(row_BT[:, :-1])
-        return losses_of(self.central, out, row_BT)
+        token = F.cross_entropy(out.logits_BTV.flatten(0, 1), row_BT[:, 1:].flatten())
+        return losses_of(self.central, token, out.levels, row_BT)
 
 
 def shifted(row_BT: Tensor, span: int) -> Tensor:
@@ -230,15 +245,14 @@ def shifted(row_BT: Tensor, span: int) -> Tensor:
     return row_BT.gather(1, start_B[:, None] + torch.arange(length - span + 1, device=row_BT.device).expand(batch, -1))
 
 
-def losses_of(central: CentralModel, out: CentralOutput, row_BT: Tensor) -> dict[str, Tensor]:
+def losses_of(central: CentralModel, token: Tensor, levels: Sequence[LevelOutput], row_BT: Tensor) -> dict[str, Tensor]:
     """`loss`, which is optimised, and its parts `token_loss`, `concept_loss` and, where it counts, `latent_loss`."""
     config = central.config
-    token = F.cross_entropy(out.logits_BTV.flatten(0, 1), row_BT[:, 1:].flatten())
-    concept = central.concept_loss(row_BT, *(level.prediction_BMHE for level in out.levels))
+    concept = central.concept_loss(row_BT, *(level.prediction_BMHE for level in levels))
     parts = {"token_loss": token.detach(), "concept_loss": concept.detach()}
     loss = token + config.concept_weight * concept
     if config.latent_weight:
-        pairs = [(level.expected_BMKD, level.latent_BMKD) for level in out.levels]
+        pairs = [(level.expected_BMKD, level.latent_BMKD) for level in levels]
         errors = [latent_loss(made, true) for made, true in pairs if made is not None and true is not None]
         if errors:
             latent = torch.stack(errors).mean()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.nn.bridges import StitchBridge
+from stages.nn.bridges import Shares
 from stages.nn.central import HEAD_SITE
 from stages.nn.composed import ComposedCache, ComposedModel
 from stages.nn.experts import FADING
@@ -86,7 +86,7 @@ class ChosenExperts:
             fading_F = prior_BXF.new_tensor([1.0, *FADING][: 1 + kinds])
             prior_BXF = torch.cat([now_BXF[..., :1], prior_BXF[..., 1:]], -1) * fading_F**since
         head = self.composed.bridges.sites[HEAD_SITE]
-        assert isinstance(head, StitchBridge)
+        assert isinstance(head, Shares)
         with torch.no_grad():
             score_X = head.prior(prior_BXF[:, None])[0, 0]
         return sorted(score_X.topk(self.count).indices.tolist())

@@ -7,7 +7,7 @@ Shape letters: B batch, N states that read, T new tokens, D central width, X exp
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from schemas.compose_model import BridgeConfig, CentralConfig
 from schemas.decoder import DecoderConfig
 from schemas.train_gates import GateMode
-from stages.nn.bridges import CalmBridge, CalmCache, StitchBridge
+from stages.nn.bridges import SHARE_AT_HEAD, CalmBridge, CalmCache, Shares, StitchBridge
 from stages.nn.central import (
     HEAD_SITE,
     LATENT_SITES,
@@ -29,9 +29,10 @@ from stages.nn.central import (
     losses_of,
     token_site,
 )
-from stages.nn.decoder import Decoder
+from stages.nn.decoder import Decoder, token_log_probs
 from stages.nn.experts import Experts, ExpertsCache, ExpertStates
 from stages.nn.gates import ExpertGates, SeedGate
+from stages.nn.levels import LevelOutput
 
 
 class Gate(Protocol):
@@ -64,7 +65,9 @@ class Bridges(nn.Module):
         bridges: dict[str, nn.Module] = {}
         for site in self.depths:
             own = central.widths(int(site.startswith(LATENT_SITES)))
-            if site == HEAD_SITE or config.bridge == "stitch":
+            if site == HEAD_SITE and config.head == "predictions":
+                bridges[site] = Shares(own.width, len(expert_widths), priors, SHARE_AT_HEAD)
+            elif site == HEAD_SITE or config.bridge == "stitch":
                 bridges[site] = StitchBridge(own.width, expert_widths, priors, before_head=site == HEAD_SITE)
             else:
                 bridges[site] = CalmBridge(own.width, own.heads, expert_widths, priors)
@@ -81,10 +84,12 @@ class Bridges(nn.Module):
     def forward(
         self, site: str, x_BND: Tensor, end_N: Tensor, *, experts: ExpertStates, caches: dict[str, CalmCache]
     ) -> Tensor:
-        """The states of a site after its bridge; as they were where there is none."""
+        """The states of a site after its bridge; as they were where there is none, or predictions are mixed."""
         if site not in self.depths:
             return x_BND
         bridge, row_N = self.sites[site], end_N - experts.start
+        if not isinstance(bridge, CalmBridge | StitchBridge):
+            return x_BND
         prior_BNXF = experts.prior_BTXF[:, row_N]
         if isinstance(bridge, CalmBridge):
             return bridge(x_BND, end_N, prior_BNXF, caches[site], experts.resting())
@@ -198,16 +203,78 @@ class ComposedModel(nn.Module):
         if "bridges" in ablate:
             return self.central(ids_BT, cache.central, None, ablate, last=last)
         experts = self.consult(ids_BT, cache, active)
-        if "experts" in ablate:
-            experts.state_XLBTE = experts.state_XLBTE[1:] + experts.state_XLBTE[:1]
+        count = len(self.experts)
+        order = [(place + ("experts" in ablate)) % count for place in range(count)]
+        shown = replace(experts, state_XLBTE=[experts.state_XLBTE[number] for number in order])
+        x_BTD, levels = self._states(ids_BT, cache, shown, ablate, last=last)
+        own_BTV = self.central.lm_head(x_BTD).float()
+        if self.config.head == "states":
+            return CentralOutput(own_BTV, levels)
+        share_BTX = self._log_shares(x_BTD, experts)
+        mixed_BTV = share_BTX[..., :1] + own_BTV.log_softmax(-1)
+        for number, share_BT1 in zip(order, share_BTX[..., 1:].split(1, -1), strict=True):
+            log_BTV = self._predicted(number, experts, cache, last=last)
+            if log_BTV is not None:
+                mixed_BTV = torch.logaddexp(mixed_BTV, share_BT1 + log_BTV)
+        return CentralOutput(mixed_BTV, levels)
+
+    def log_probs(
+        self, ids_BT: Tensor, target_BT: Tensor, active: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[LevelOutput]]:
+        """Log-probability [B, T] of the token that follows each, which must be given, and what the levels give.
+
+        The same numbers as `forward`'s, which holds those of the whole vocabulary: this is for training.
+        """
+        cache = self.new_cache()
+        experts = self.consult(ids_BT, cache, active, target_BT)
+        x_BTD, levels = self._states(ids_BT, cache, experts)
+        own_BT = token_log_probs(self.central.lm_head(x_BTD), target_BT)
+        if self.config.head == "states":
+            return own_BT, levels
+        assert experts.target_BTX is not None
+        log_BTX = torch.cat([own_BT[..., None], experts.target_BTX], -1)
+        return (self._log_shares(x_BTD, experts) + log_BTX).logsumexp(-1), levels
+
+    def _states(
+        self,
+        ids_BT: Tensor,
+        cache: ComposedCache,
+        experts: ExpertStates,
+        ablate: frozenset[str] = NOTHING,
+        *,
+        last: bool = False,
+    ) -> tuple[Tensor, list[LevelOutput]]:
+        """The central model's states [B, T, D] before the output layer, with what it reads from the experts."""
         self.bridges.remember(experts, cache.bridges)
         read = partial(self.bridges, experts=experts, caches=cache.bridges)
-        return self.central(ids_BT, cache.central, read, ablate, last=last)
+        return self.central.states(ids_BT, cache.central, read, ablate, last=last)
+
+    def _log_shares(self, x_BTD: Tensor, experts: ExpertStates) -> Tensor:
+        """[B, T, 1 + X] of the last tokens read, as many as there are states of them."""
+        head = self.bridges.sites[HEAD_SITE]
+        assert isinstance(head, Shares)
+        return head.log_shares(x_BTD, experts.prior_BTXF[:, -x_BTD.shape[1] :], experts.resting())
 
     @torch.no_grad()
-    def consult(self, ids_BT: Tensor, cache: ComposedCache, active: Sequence[int] | None = None) -> ExpertStates:
+    def _predicted(self, number: int, experts: ExpertStates, cache: ComposedCache, *, last: bool) -> Tensor | None:
+        """Log-probabilities [B, T, V] that an expert gives; None where it rests."""
+        states, decoder = experts.state_XLBTE[number], self.decoders[number]
+        if states is None:
+            return None
+        if last:  # they say, when the next token is there, how well it was predicted
+            return cache.experts.each[number].predicted(decoder)[:, None]
+        return decoder.lm_head(states[-1]).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def consult(
+        self,
+        ids_BT: Tensor,
+        cache: ComposedCache,
+        active: Sequence[int] | None = None,
+        target_BT: Tensor | None = None,
+    ) -> ExpertStates:
         """What the frozen experts, and the gates, make of the tokens after those the cache has seen."""
-        states = self.experts(ids_BT, cache.experts, active)
+        states = self.experts(ids_BT, cache.experts, active, target_BT)
         if self.gate is not None:
             gate_BTXF = self.gate(ids_BT, cache.gate)[..., None].float()
             states.prior_BTXF = torch.cat([gate_BTXF, states.prior_BTXF], -1)
@@ -225,4 +292,5 @@ class ComposedLoss(nn.Module):
     def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
         """`row_BT`: T = sequence length + 1 token ids; every token but the first is predicted."""
         row_BT = self.composed.central.begun(row_BT)
-        return losses_of(self.composed.central, self.composed(row_BT[:, :-1]), row_BT)
+        log_prob_BT, levels = self.composed.log_probs(row_BT[:, :-1], row_BT[:, 1:])
+        return losses_of(self.composed.central, -log_prob_BT.mean(), levels, row_BT)

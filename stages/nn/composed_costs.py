@@ -12,10 +12,10 @@ class ComposedCosts:
     """Of texts of so many tokens."""
 
     def __init__(self, composed: ComposedModel, length: int) -> None:
-        self.forward = forward_flops(lambda ids: composed(ids), length)
-        self._frozen = forward_flops(lambda ids: composed.consult(ids, composed.new_cache()), length)
+        self.forward = forward_flops(lambda ids: composed.log_probs(ids, ids)[0], length)
+        self._frozen = forward_flops(lambda ids: composed.consult(ids, composed.new_cache(), None, ids), length)
         self._others = len(composed.experts) - 1
-        self._first_alone = forward_flops(lambda ids: composed(ids, active=(0,)), length)
+        self._first_alone = forward_flops(lambda ids: composed.log_probs(ids, ids, active=(0,))[0], length)
 
     def training(self, tokens: int) -> float:
         """Of all tokens that bridges, and perhaps the central model, were trained on."""

@@ -10,7 +10,7 @@ Shape letters: B batch, T new tokens, S tokens so far, E expert width, X experts
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -30,7 +30,15 @@ class ExpertCache:
 
     layers: StackCache
     last_BE: Tensor | None = None
+    next_BV: Tensor | None = None  # log-probabilities of the token after it, once someone has asked for them
     evidence_BF: Tensor | None = None
+
+    def predicted(self, expert: Decoder) -> Tensor:
+        """Log-probabilities [B, V] of the token after the last one read."""
+        assert self.last_BE is not None, "nothing read"
+        if self.next_BV is None:
+            self.next_BV = expert.lm_head(self.last_BE).float().log_softmax(-1)
+        return self.next_BV
 
 
 @dataclass
@@ -59,6 +67,7 @@ class ExpertStates:
     start: int
     state_XLBTE: list[list[Tensor] | None]  # embeddings, then every layer's output, the last one normed; None: at rest
     prior_BTXF: Tensor
+    target_BTX: Tensor | None = None  # log-likelihood of the targets given, 0 of experts at rest
     late: list["ExpertStates"] = field(default_factory=list)  # of tokens before, by experts that had missed them
 
     def at_depth(self, depth: float) -> list[Tensor | None]:
@@ -87,52 +96,71 @@ class Experts(nn.ModuleList):
         """An empty cache for `forward`."""
         return ExpertsCache([ExpertCache(decoder.new_cache()) for decoder in self.decoders])
 
-    def forward(self, ids_BT: Tensor, cache: ExpertsCache, active: Sequence[int] | None = None) -> ExpertStates:
-        """States of the active experts (None: all) and their evidence, at the tokens after those the cache has seen."""
+    def forward(
+        self,
+        ids_BT: Tensor,
+        cache: ExpertsCache,
+        active: Sequence[int] | None = None,
+        target_BT: Tensor | None = None,
+    ) -> ExpertStates:
+        """States of the active experts (None: all) and their evidence, at the tokens after those the cache has seen.
+
+        `target_BT`: the token that follows each, where it is known. What an expert gave it is told beside the states,
+        and is its evidence one token later, so that no output layer runs twice.
+        """
         numbers = list(range(len(self)) if active is None else active)
         start = cache.seen
         late = [self._catch_up(number, cache) for number in numbers if cache.each[number].layers.seen < start]
         cache.ids_BS = ids_BT if cache.ids_BS is None else torch.cat([cache.ids_BS, ids_BT], 1)
         states: list[list[Tensor] | None] = [None] * len(self)
         evidence_BTXF = ids_BT.new_zeros((*ids_BT.shape, len(self), self.kinds), dtype=torch.float32)
+        target_BTX = None if target_BT is None else torch.zeros((*ids_BT.shape, len(self)), device=ids_BT.device)
         likelihoods = []
         for number in numbers:
-            states[number], likelihood_BT = self._read(number, ids_BT, cache.each[number])
+            states[number], likelihood_BT, next_BT = self._read(number, ids_BT, cache.each[number], target_BT)
             likelihoods.append(likelihood_BT)
+            if target_BTX is not None:
+                target_BTX[..., number] = next_BT
         if self.kinds:
             likelihood_BTA = torch.stack(likelihoods, -1)
             mean_BT1 = likelihood_BTA.mean(-1, keepdim=True)
             evidence_BTXF[:, :, numbers] = _evidence(likelihood_BTA - mean_BT1, [cache.each[each] for each in numbers])
             mean_BT = mean_BT1[..., 0]
             cache.mean_BS = mean_BT if cache.mean_BS is None else torch.cat([cache.mean_BS, mean_BT], 1)
-        return ExpertStates(start, states, evidence_BTXF, late)
+        return ExpertStates(start, states, evidence_BTXF, target_BTX, late)
 
     def _catch_up(self, number: int, cache: ExpertsCache) -> ExpertStates:
         """Have an expert read what it has missed."""
         assert cache.ids_BS is not None
         own = cache.each[number]
         start = own.layers.seen
-        read, likelihood_BT = self._read(number, cache.ids_BS[:, start:], own)
+        read, likelihood_BT, _ = self._read(number, cache.ids_BS[:, start:], own)
         if cache.mean_BS is not None:
             _evidence((likelihood_BT - cache.mean_BS[:, start:])[..., None], [own])
         states = [read if other == number else None for other in range(len(self))]
         return ExpertStates(start, states, cache.ids_BS.new_zeros(0, dtype=torch.float32))
 
-    def _read(self, number: int, ids_BT: Tensor, cache: ExpertCache) -> tuple[list[Tensor], Tensor]:
-        """The states of further tokens, and the log-likelihood [B, T] of each, after what came before it."""
+    def _read(
+        self, number: int, ids_BT: Tensor, cache: ExpertCache, target_BT: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The states of further tokens, and log-likelihoods: of each, after what came before it, and of the next ones.
+
+        Both are empty where nobody asks for them, which saves the output layer.
+        """
         expert = self.decoders[number]
         states = expert.hidden_states(ids_BT, cache.layers)
-        if not self.kinds:
-            return states, ids_BT.new_zeros(0)
-        final_BTE, first = states[-1], cache.last_BE is None
-        before_BTE = final_BTE[:, :-1]
-        if cache.last_BE is not None:
-            before_BTE = torch.cat([cache.last_BE[:, None], before_BTE], 1)
-        target_BT = ids_BT[:, 1:] if first else ids_BT  # nothing predicts the first token
-        pairs = zip(before_BTE.split(SCORED, 1), target_BT.split(SCORED, 1), strict=True)
-        likelihood_BT = torch.cat([token_log_probs(expert.lm_head(before), target) for before, target in pairs], 1)
-        cache.last_BE = final_BTE[:, -1]
-        return states, nn.functional.pad(likelihood_BT, (int(first), 0))
+        before, cache.last_BE, cache.next_BV = replace(cache), states[-1][:, -1], None
+        if not self.kinds and target_BT is None:
+            return states, ids_BT.new_zeros(0), ids_BT.new_zeros(0)
+        following_BT = ids_BT[:, 1:] if target_BT is None else target_BT
+        state_BTE = states[-1][:, : following_BT.shape[1]]
+        pairs = zip(state_BTE.split(SCORED, 1), following_BT.split(SCORED, 1), strict=True)
+        next_BT = torch.cat([token_log_probs(expert.lm_head(state), token) for state, token in pairs], 1)
+        if before.last_BE is None:
+            first_B1 = next_BT.new_zeros(len(ids_BT), 1)  # nothing predicts the first token
+        else:
+            first_B1 = before.predicted(expert).gather(1, ids_BT[:, :1])
+        return states, torch.cat([first_B1, next_BT[:, : ids_BT.shape[1] - 1]], 1), next_BT
 
 
 def _evidence(difference_BTA: Tensor, caches: list[ExpertCache]) -> Tensor:

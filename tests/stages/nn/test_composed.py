@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def make(bridge="stitch", *, gate=True, experts=(SEED, OTHER), evidence=True, sh
     central = CentralModel(CentralConfig.beside(shape, SEED))
     frozen = [loud(Decoder(config)).eval() for config in experts]
     gates = ExpertGates(torch.randn(len(experts), 16), torch.zeros(len(experts)), "joint", 2, 0.9, 0)
-    config = BridgeConfig(bridge=bridge, token_sites=2, latent_sites=2, evidence=evidence)
+    bridge, _, head = bridge.partition(" of ")
+    config = BridgeConfig(bridge=bridge, head=head or "predictions", token_sites=2, latent_sites=2, evidence=evidence)
     model = ComposedModel(central, frozen, config, SeedGate(loud(Decoder(SEED)), gates) if gate else None)
     if shake:
         loud(model.central)
@@ -51,34 +53,40 @@ def some_ids(rows, tokens, seed=1):
     return torch.randint(VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-BRIDGES = pytest.mark.parametrize("bridge", ["stitch", "calm"])
+BRIDGES = pytest.mark.parametrize("bridge", ["stitch", "calm", "stitch of states"])
 
 
 @BRIDGES
 def test_no_token_moves_logits_before_it_in_training_with_targets(bridge):
     model = make(bridge).train()
     assert {"latent_1", "latent_2", "token_1", "head"} == set(model.bridges.depths)
-    seen = []
-    model.register_forward_hook(lambda module, args, out: seen.append(out.logits_BTV.detach()))
-
-    def logits_of(row):
-        ComposedLoss(model)(row)
-        return seen[-1]
-
     row = some_ids(2, 24)
-    before = logits_of(row)
-    for token in range(23):
+    before = model.log_probs(row[:, :-1], row[:, 1:])[0]
+    assert ComposedLoss(model)(row)["token_loss"] == -before.mean()
+    for token in range(1, 23):
         other = row.clone()
         other[:, token] = (other[:, token] + 1) % VOCAB
-        moved = ((logits_of(other) - before).abs().amax((0, 2)) > 1e-5).nonzero().flatten()
-        assert moved.min() == token
+        after = model.log_probs(other[:, :-1], other[:, 1:])[0]
+        moved = ((after - before).abs().amax(0) > 1e-5).nonzero().flatten()
+        assert moved.min() == token - 1  # where it is what is predicted
+
+
+@BRIDGES
+def test_what_a_target_is_given_is_what_the_logits_say_which_know_no_target(bridge):
+    model, row = make(bridge).eval(), some_ids(3, 24)
+    expected = token_log_probs(model(row[:, :-1]).logits_BTV, row[:, 1:])
+    torch.testing.assert_close(model.log_probs(row[:, :-1], row[:, 1:])[0], expected, atol=1e-5, rtol=1e-4)
+    few = token_log_probs(model(row[:, :-1], active=[1]).logits_BTV, row[:, 1:])
+    torch.testing.assert_close(model.log_probs(row[:, :-1], row[:, 1:], [1])[0], few, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(few, expected, atol=1e-2)
 
 
 @BRIDGES
 def test_experts_reach_the_next_group_through_latent_sites_alone(bridge):
     model = make(bridge)
-    for site in ("token_1", "head"):
-        del model.bridges.depths[site], model.bridges.sites[site]
+    del model.bridges.depths["token_1"], model.bridges.sites["token_1"]
+    nn.init.zeros_(model.bridges.sites["head"].open.weight)
+    nn.init.constant_(model.bridges.sites["head"].open.bias, -1e4)  # shut
     ids = some_ids(1, 12)
     before = model(ids).logits_BTV
     with torch.no_grad():
@@ -130,8 +138,35 @@ def test_experts_in_each_others_place_change_the_logits():
     assert not torch.allclose(model(ids, ablate=frozenset({"experts"})).logits_BTV, model(ids).logits_BTV)
 
 
-def test_with_all_weight_on_one_expert_before_the_head_the_logits_are_that_experts():
-    model = make(experts=(SEED, SEED), gate=False, evidence=False)
+def test_the_mixture_is_that_of_the_predictions_by_shares_that_sum_to_one():
+    model, ids = make().eval(), some_ids(2, 11)
+    cache = model.new_cache()
+    experts = model.consult(ids, cache)
+    model.bridges.remember(experts, cache.bridges)
+    read = partial(model.bridges, experts=experts, caches=cache.bridges)
+    state = model.central.states(ids, read=read)[0]
+    share = model.bridges.sites["head"].shares(state, experts.prior_BTXF)
+    torch.testing.assert_close(share.sum(-1), torch.ones(2, 11))
+    predictions = [model.central.lm_head(state), *(expert(ids) for expert in model.decoders)]
+    mixed = sum(share[..., n : n + 1] * logits.softmax(-1) for n, logits in enumerate(predictions))
+    torch.testing.assert_close(model(ids).logits_BTV.exp(), mixed, atol=1e-6, rtol=1e-4)
+
+
+def test_with_all_weight_on_one_experts_prediction_the_logits_are_that_experts():
+    model = make(experts=(SEED, OTHER), gate=False, evidence=False)
+    head = model.bridges.sites["head"]
+    with torch.no_grad():
+        nn.init.zeros_(head.choose.weight)
+        nn.init.zeros_(head.open.weight)
+        head.open.bias.fill_(100.0)
+        head.prior.bias_X.copy_(torch.tensor([-200.0, 0.0]))
+    ids = some_ids(2, 11)
+    expected = model.decoders[1](ids).log_softmax(-1)
+    torch.testing.assert_close(model(ids).logits_BTV, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_with_all_weight_on_one_experts_state_the_logits_are_that_experts():
+    model = make("stitch of states", experts=(SEED, SEED), gate=False, evidence=False)
     expert = model.decoders[1]
     model.central.embed_tokens.weight.data.copy_(expert.model.embed_tokens.weight)
     model.central.lm_head.weight.data.copy_(expert.lm_head.weight)
