@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -96,6 +97,11 @@ class GatesConfig(Config):
         """Every mode at every place where there is such a thing."""
         return ((place, mode) for place in self.places for mode in self.modes if mode != "arrow" or place == "module")
 
+    @property
+    def expert_modes(self) -> tuple[GateMode, ...]:
+        """The modes of gates at the input of each expert; none where gates stand inside the model only."""
+        return tuple(mode for place, mode in self.kinds() if place == "expert")
+
     def members(self, experts: range) -> Iterator[tuple[str, "GateConfig"]]:
         """The folder and the settings of every training: of each expert's gates, or of all of a kind together."""
         for place, mode in self.kinds():
@@ -161,6 +167,16 @@ class GatesManifest(Manifest):
 
     config: GatesConfig
     metrics: GatesMetrics
+
+    def modes_at_experts(self, run_dir: Path) -> tuple[GateMode, ...]:
+        """The modes of gates at the input of each expert. Raises UsageFailure when there are none."""
+        if not (modes := self.config.expert_modes):
+            there = ", ".join(label_of(*kind) for kind in self.config.kinds())
+            raise UsageFailure(
+                f"{run_dir / self.folder} holds no gates at the inputs of experts (there: {there}): run `cpipe "
+                f"{self.command} {run_dir} --force` with expert among --places, in a mode other than arrow"
+            )
+        return modes
 
     def reads(self, mode: GateMode) -> tuple[GateMode, int, float, int]:
         """How an expert's gates of this mode read: mode, layer, memory, and the token that begins a document."""

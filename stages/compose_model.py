@@ -85,10 +85,10 @@ def _read_upstream(config: ComposeConfig, run_dir: Path) -> Upstream:
     gates = None
     if config.gates != "none":
         gates = GatesManifest.read(run_dir)
-        if config.gates not in gates.config.modes:
+        if config.gates not in (known := gates.modes_at_experts(run_dir)):
             raise UsageFailure(
-                f"{run_dir / gates.folder} holds gates trained as {', '.join(gates.config.modes)}, not {config.gates}: "
-                f"use --gates {gates.config.modes[0]}, or run `cpipe train-gates` for {config.gates} too"
+                f"{run_dir / gates.folder} holds gates trained as {', '.join(known)}, not {config.gates}: "
+                f"use --gates {known[0]}, or run `cpipe train-gates` for {config.gates} too"
             )
     return Upstream(tokens, seed, experts, gates)
 

@@ -185,21 +185,22 @@ class Evaluation:
         """PHATGOOSE: every kind of gates the run has, for every way to select experts."""
         if (gates := self.models.gates) is None:
             return
-        seed, tensors = self._decoder("seed"), self.models.gate_tensors()
-        size, depth = self.config.score_batch_size, gates.metrics.layer
-        states_ND = self.windows.collect(
-            lambda ids, _: seed.hidden_states(ids, depth=depth)[-1], size, "gates", device()
-        )
+        states_ND = self._states_of_seed(gates.metrics.layer) if gates.config.expert_modes else torch.empty(0)
         for place, mode in gates.config.kinds():
             if place != "expert":
                 self._add_routed_decoder(gates, place, mode)
                 continue
             training = self.costs.experts + self.costs.gate_training(gates.metrics, mode)
-            reader = ExpertGates.from_tensors(tensors, *gates.reads(mode))
+            reader = ExpertGates.from_tensors(self.models.gate_tensors(), *gates.reads(mode))
             for selection in self.selections:
                 weights = torch.cat(list(self._gate_weights(reader, states_ND, selection)))
                 self._add_mixture(f"gates {mode} {selection}", "gates", weights, training)
                 self._inspect(f"gates {mode} {selection}", selection, weights.exp())
+
+    def _states_of_seed(self, depth: int) -> Tensor:
+        """What gates at the experts' inputs read [N, D]."""
+        seed, size = self._decoder("seed"), self.config.score_batch_size
+        return self.windows.collect(lambda ids, _: seed.hidden_states(ids, depth=depth)[-1], size, "gates", device())
 
     def _gate_weights(self, gates: ExpertGates, states_ND: Tensor, selection: Selection) -> Iterator[Tensor]:
         """Log weights [tokens, experts + 1] of each document, which the gates read from its first token on."""

@@ -25,7 +25,7 @@ def stream(config: RouteConfig, run_dir: Path) -> Iterator[RoutedToken]:
     tokens, models = TokenizeManifest.read(run_dir), RunModels.find(run_dir)
     manifest = GatesManifest.read(run_dir)
     models.refuse_other_ancestors(folders=[GatesManifest.folder])
-    mode, selection = _mode(config, manifest), config.selection
+    mode, selection = _mode(config, run_dir, manifest), config.selection
     if selection.top_k is not None and selection.top_k > manifest.metrics.experts:
         raise UsageFailure(f"--top-k {selection.top_k} is more than the run's {manifest.metrics.experts} experts")
     gates = ExpertGates.from_tensors(models.gate_tensors(), *manifest.reads(mode))
@@ -45,8 +45,8 @@ def stream(config: RouteConfig, run_dir: Path) -> Iterator[RoutedToken]:
         )
 
 
-def _mode(config: RouteConfig, manifest: GatesManifest) -> GateMode:
-    known = manifest.config.modes
+def _mode(config: RouteConfig, run_dir: Path, manifest: GatesManifest) -> GateMode:
+    known = manifest.modes_at_experts(run_dir)
     mode = config.mode or ("joint" if "joint" in known else known[0])
     if mode not in known:
         raise UsageFailure(f"the run's gates were learnt as {', '.join(known)}, not {mode}: give another --mode")

@@ -125,6 +125,17 @@ def full_run(expert_run, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def layer_gated_run(expert_run, tmp_path_factory):
+    """`expert_run` with `gates/` inside the model alone: joint ones of each layer. Read-only."""
+    from stages import train_gates
+
+    run_dir = shutil.copytree(expert_run, tmp_path_factory.mktemp("runs") / "layer-gated")
+    training = TRAINING.model_copy(update={"steps": 4, "weight_decay": 0.0})
+    train_gates.run(GatesConfig(places=("layer",), modes=("joint",), training=training), run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
 def evaluated_run(full_run, tmp_path_factory):
     """`full_run` with `reports/`. Read-only."""
     from stages import evaluate_models

@@ -168,6 +168,14 @@ def test_what_cannot_be_is_refused_in_one_line(gated_run, copied_run, changes, m
     assert "\n" not in str(caught.value)
 
 
+def test_gates_inside_the_model_alone_weigh_no_experts(layer_gated_run, copied_run):
+    run_dir = copied_run(layer_gated_run)
+    with pytest.raises(UsageFailure, match=r"no gates at the inputs of experts \(there: layer-joint\): run `cpipe tr"):
+        compose_model.run(settings(gates="joint"), run_dir)
+    assert not (run_dir / "central-alone").exists()
+    assert compose_model.run(settings(), run_dir).metrics.experts == 3  # which asks for none
+
+
 @pytest.mark.parametrize("name", ["tokens", "central-alone", "central/x", "..", "central-", "centralist"])
 def test_a_composition_cannot_take_another_stages_folder(name):
     with pytest.raises(ValueError, match="central-<word>"):

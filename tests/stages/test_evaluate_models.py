@@ -296,6 +296,17 @@ def test_a_composition_is_told_the_steps_of_a_dense_baseline_that_costs_as_much(
         assert abs(rows["seed"].training_flops + steps * step - spent) <= 0.5 * step
 
 
+def test_with_gates_inside_the_model_alone_none_at_the_experts_have_a_row(layer_gated_run, copied_run, evaluation):
+    def never(*_):
+        raise AssertionError("nothing reads the seed's states")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluate_models.Evaluation, "_states_of_seed", never)
+        rows = evaluate_models.run(evaluation, copied_run(layer_gated_run)).metrics.rows
+    gates = {row.model for row in rows if row.group == "gates"}
+    assert gates == {f"gates layer-joint {top}" for top in ("top-1", "top-2", "all")}
+
+
 def test_a_new_composition_makes_the_table_stale_and_says_so(evaluated_run, copied_run, evaluation):
     run_dir = copied_run(evaluated_run)
     shutil.rmtree(run_dir / "central-calm")

@@ -78,3 +78,11 @@ def test_what_cannot_be_is_one_line(full_run, settings, told):
 def test_a_run_without_gates_says_what_to_run(expert_run):
     with pytest.raises(UsageFailure, match="run `cpipe train-gates"):
         list(route_text.stream(RouteConfig(text="a"), expert_run))
+
+
+@pytest.mark.parametrize("mode", [None, "joint"])
+def test_a_run_with_gates_inside_the_model_alone_says_what_to_run(layer_gated_run, mode):
+    told = r"holds no gates at the inputs of experts \(there: layer-joint\): run `cpipe train-gates .* --force` with"
+    with pytest.raises(UsageFailure, match=told) as refused:
+        list(route_text.stream(RouteConfig(text="a", mode=mode), layer_gated_run))
+    assert "\n" not in str(refused.value)
