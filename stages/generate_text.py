@@ -8,10 +8,9 @@
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import tokenizers
@@ -34,24 +33,11 @@ from stages.data.prompts import read_prompts
 from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
-from stages.nn.decoding import PackedDecoder, TextBatch, begin_text, packable
+from stages.nn.decoding import PackedDecoder, TextBatch
 from stages.nn.gates import Gates
+from stages.nn.readers import ComposedReader, DecoderReader, Reader, Restarts
 from stages.nn.routed import RoutedDecoder
 from stages.nn.sampling import draw
-
-
-class Restarts(Protocol):
-    """Where a text is read, and can be read anew."""
-
-    def restart(self, skipped: list[int], kept: list[int]) -> None:
-        """Begin a new context that holds `kept`; `skipped` were never read and belong to the text before it."""
-
-
-class Reader(Restarts, Protocol):
-    """A model in the middle of a text."""
-
-    def read(self, ids: list[int]) -> Tensor:
-        """Take further tokens; log-probabilities [V] of the next one."""
 
 
 def stream(config: GenerateConfig, run_dir: Path) -> Iterator[str]:
@@ -192,41 +178,6 @@ def _decoder(models: RunModels, folder: str) -> Decoder:
     return Decoder.from_weights(*models.decoder(folder)).to(device())
 
 
-def _batch(ids: list[int]) -> Tensor:
-    return torch.tensor([ids], device=device())
-
-
-class DecoderReader:
-    """One decoder with its cache, loaded when it is first asked; `pending` tokens wait until it is."""
-
-    def __init__(self, load: Callable[[], Decoder]) -> None:
-        self.pending: list[int] = []
-        self.tokens_read = 0
-        self._load = load
-        self._decoder: Decoder | PackedDecoder | None = None
-        self._further: Callable[[list[int]], Tensor] | None = None
-
-    def decoder(self) -> Decoder | PackedDecoder:
-        """The decoder, as it writes fastest."""
-        if self._decoder is None:
-            loaded = self._load()
-            self._decoder = PackedDecoder(loaded) if packable(loaded) else loaded
-        return self._decoder
-
-    def read(self, ids: list[int]) -> Tensor:
-        """See Reader."""
-        self._further = self._further or begin_text(self.decoder())
-        self.pending += ids
-        unread, self.pending = self.pending, []
-        self.tokens_read += len(unread)
-        return self._further(unread).log_softmax(-1)
-
-    def restart(self, skipped: list[int], kept: list[int]) -> None:
-        """See Reader."""
-        self.pending = [*kept]
-        self._further = None
-
-
 class ClusterMixReader:
     """The experts nearest to the text so far, their probabilities mixed (cBTM)."""
 
@@ -276,23 +227,3 @@ class ClusterMixReader:
             f"{asked} of {len(self._experts)} experts read {read} tokens for {self._text_read} of the text: "
             f"{read / max(1, self._text_read):.2f} a token"
         )
-
-
-class ComposedReader:
-    """A composed model with all its caches."""
-
-    def __init__(self, model: ChosenExperts) -> None:
-        self._model = model
-        self._pending: list[int] = []
-        self._cache = model.new_cache()
-
-    @torch.no_grad()
-    def read(self, ids: list[int]) -> Tensor:
-        """See Reader."""
-        unread, self._pending = [*self._pending, *ids], []
-        return self._model.read(_batch(unread), self._cache, last=True)[0, -1].log_softmax(-1)
-
-    def restart(self, skipped: list[int], kept: list[int]) -> None:
-        """See Reader."""
-        self._pending = [*kept]
-        self._cache = self._model.new_cache()
