@@ -25,7 +25,9 @@ class GenerateConfig(Config):
     temperature: float = Field(0.8, ge=0, description="Flattens or sharpens the distribution; 0 takes the likeliest.")
     sample_top_k: int | None = Field(None, gt=0, description="Draw from the k likeliest tokens only.")
     sample_top_p: float = Field(0.95, gt=0, le=1, description="Draw from the likeliest tokens of so much mass only.")
-    experts: int = Field(2, gt=0, description="Experts that cbtm mixes, or gates ask, for a token.")
+    experts: int | None = Field(
+        None, gt=0, description="Experts that cbtm mixes, or gates ask, for a token; default: 2."
+    )
     active_experts: int | None = Field(
         None,
         gt=0,

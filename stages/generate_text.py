@@ -23,7 +23,7 @@ from schemas.cluster_documents import ClusterManifest
 from schemas.failures import UsageFailure
 from schemas.generate_text import GenerateConfig
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_gates import Selection, inside
+from schemas.train_gates import Selection, inside, label_of
 from stages.artifacts.model_folder import device
 from stages.artifacts.run_models import RunModels, expert_folder, routing_tensors
 from stages.clustering.features import normalised
@@ -164,14 +164,31 @@ def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
     if name == "cbtm":
         return ClusterMixReader(config, run_dir, models)
     if kind := inside(name):
-        weigh = partial(Gates.log_weights, selection=Selection(top_k=config.experts))
+        weigh = partial(Gates.log_weights, selection=Selection(top_k=_experts_per_token(config, models)))
         return DecoderReader(lambda: RoutedDecoder.from_parts(**models.routed(*kind), weigh=weigh).to(device()))
     if name in models.compositions:
         composed = ComposedModel.from_parts(**models.composition(name)).to(device())
         return ComposedReader(ChosenExperts(composed, config.active_experts or len(composed.experts)))
-    there = ["seed", *models.all_dense(), f"expert:0 to expert:{len(models.experts) - 1}", "cbtm", *models.compositions]
     more = "" if models.compositions else f"; `cpipe compose {run_dir}` makes central"
-    raise UsageFailure(f"no model {name} in {run_dir}: there are {', '.join(there)}{more}")
+    raise UsageFailure(f"no model {name} in {run_dir}: there are {', '.join(_names(models))}{more}")
+
+
+def _names(models: RunModels) -> Iterator[str]:
+    """What may be asked for."""
+    yield from ("seed", *models.all_dense())
+    yield f"expert:0 to expert:{len(models.experts) - 1}"
+    yield "cbtm"
+    kinds = models.gates.config.kinds() if models.gates else ()
+    yield from (label_of(place, mode) for place, mode in kinds if place != "expert")
+    yield from models.compositions
+
+
+def _experts_per_token(config: GenerateConfig, models: RunModels) -> int:
+    """How many experts are asked for a token. Raises UsageFailure when there are not so many."""
+    there = len(models.experts)
+    if config.experts and config.experts > there:
+        raise UsageFailure(f"--experts {config.experts} is more than the run's {there} experts: give {there} or fewer")
+    return config.experts or min(2, there)
 
 
 def _decoder(models: RunModels, folder: str) -> Decoder:
@@ -185,7 +202,7 @@ class ClusterMixReader:
         clusters = ClusterManifest.read(run_dir)
         self._vectors, self._centroids = routing_tensors(run_dir, clusters)
         self._temperature = config.routing_temperature or clusters.config.temperature
-        self._top_k = config.experts
+        self._top_k = _experts_per_token(config, models)
         folders = map(expert_folder, range(len(models.experts)))
         self._experts = [DecoderReader(partial(_decoder, models, folder)) for folder in folders]
         self.forget()

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -369,8 +370,22 @@ def test_an_empty_stop_text_is_refused():
         config(stop=("a", ""))
 
 
-def test_the_number_of_experts_may_be_more_than_there_are(full_run):
-    assert text_of(full_run, "cbtm", experts=9, temperature=0) == text_of(full_run, "cbtm", experts=3, temperature=0)
+@pytest.mark.parametrize("model", ["cbtm", "layer-joint"])
+def test_more_experts_than_there_are_cannot_be_asked(layer_gated_run, model):
+    assert text_of(layer_gated_run, model, experts=3)
+    with pytest.raises(UsageFailure, match=r"^--experts 4 is more than the run's 3 experts: give 3 or fewer$"):
+        text_of(layer_gated_run, model, experts=4)
+
+
+@pytest.mark.parametrize("model", ["cbtm", "layer-joint"])
+def test_two_experts_are_asked_unless_it_is_said_or_there_is_one(layer_gated_run, model):
+    hot = {
+        count: text_of(layer_gated_run, model, experts=count, temperature=5, sample_top_p=1) for count in (None, 1, 2)
+    }
+    assert hot[None] == hot[2] != hot[1]
+    models = RunModels.find(layer_gated_run)
+    alone = dataclasses.replace(models, experts=models.experts[:1])
+    assert [generate_text._experts_per_token(config(model), each) for each in (models, alone)] == [2, 1]
 
 
 @pytest.mark.parametrize("model", ["sed", "central-none", "expert:3", "expert:", "expert:x", "gates", "central-alone"])
@@ -381,6 +396,12 @@ def test_an_unknown_model_is_one_line_with_those_there_are(full_run, model):
     assert "\n" not in message and model in message
     for known in ("seed", "dense", "expert:0 to expert:2", "cbtm", "central", "central-calm", "central-control"):
         assert known in message
+    assert "joint" not in message  # there are gates at the experts' inputs alone
+
+
+def test_gates_inside_are_among_the_models_there_are(layer_gated_run):
+    with pytest.raises(UsageFailure, match="there are seed, dense, expert:0 to expert:2, cbtm, layer-joint; `cpipe co"):
+        text_of(layer_gated_run, "sed")
 
 
 def test_a_run_without_dense_and_compositions_says_so(expert_run, copied_run):
