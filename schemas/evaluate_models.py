@@ -29,7 +29,10 @@ class EvaluateConfig(Config):
     )
     top_p: tuple[float, ...] = Field((), description="Shares that the fewest experts asked add up to; a row each.")
     inspected_top_k: int = Field(
-        2, gt=0, description="Experts that gates may ask for a token where the report looks inside them."
+        2,
+        gt=0,
+        description="Experts that gates may ask for a token where the report looks inside them; the nearest of top-k "
+        "and all.",
     )
     active_experts: tuple[int, ...] = Field(
         (2,),
@@ -59,6 +62,11 @@ class EvaluateConfig(Config):
     def counts(self, experts: int) -> list[int | None]:
         """The numbers of experts to mix, of so many; None stands for all."""
         return [*(count for count in self.top_k if count < experts), None]
+
+    def inspected(self, experts: int) -> Selection:
+        """The way to select experts, of so many, that the report looks inside: nearest to what was asked for."""
+        distances = {count: abs((count or experts) - self.inspected_top_k) for count in self.counts(experts)}
+        return Selection(top_k=min(distances, key=distances.__getitem__))
 
     def selections(self, experts: int) -> Iterator[Selection]:
         """Every way to select experts."""

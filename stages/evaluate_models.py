@@ -219,7 +219,7 @@ class Evaluation:
             self._inspect(label, selection, found[:, 1:].unflatten(1, (decoder.config.num_hidden_layers, -1)))
 
     def _inspect(self, label: str, selection: Selection, weights: Tensor) -> None:
-        if selection == Selection(top_k=self.config.inspected_top_k) and not self.config.switched:
+        if selection == self.config.inspected(len(self.models.experts)) and not self.config.switched:
             self.routing.add(label, weights.numpy(), lambda token: self.tokenizer.decode([token]))
 
     def add_central_models(self) -> None:

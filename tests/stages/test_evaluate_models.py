@@ -302,9 +302,29 @@ def test_with_gates_inside_the_model_alone_none_at_the_experts_have_a_row(layer_
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(evaluate_models.Evaluation, "_states_of_seed", never)
-        rows = evaluate_models.run(evaluation, copied_run(layer_gated_run)).metrics.rows
+        run_dir = copied_run(layer_gated_run)
+        rows = evaluate_models.run(evaluation.model_copy(update={"top_k": (1,)}), run_dir).metrics.rows
     gates = {row.model for row in rows if row.group == "gates"}
-    assert gates == {f"gates layer-joint {top}" for top in ("top-1", "top-2", "all")}
+    assert gates == {f"gates layer-joint {top}" for top in ("top-1", "all")}
+    routing = json.loads((run_dir / "reports/routing.json").read_text())
+    assert {row["model"] for row in routing} == {"gates layer-joint top-1"}  # the nearest to two of three
+
+
+@pytest.mark.parametrize(
+    ("top_k", "asked", "experts", "looked_inside"),
+    [
+        ((1, 2, 4), 2, 8, 2),
+        ((1, 2, 4), 2, 2, None),  # where two are all
+        ((1, 2, 4), 2, 1, None),
+        ((1, 4), 3, 8, 4),
+        ((1,), 7, 8, None),
+        ((), 2, 8, None),
+    ],
+)
+def test_the_report_looks_inside_the_selection_nearest_to_what_was_asked_for(top_k, asked, experts, looked_inside):
+    config = EvaluateConfig(top_k=top_k, inspected_top_k=asked)
+    assert config.inspected(experts).top_k == looked_inside
+    assert config.inspected(experts) in [*config.selections(experts)]
 
 
 def test_a_new_composition_makes_the_table_stale_and_says_so(evaluated_run, copied_run, evaluation):
