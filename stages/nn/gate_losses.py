@@ -96,6 +96,6 @@ class RoutedContrastiveLoss(nn.Module):
         """`row_BT`: T = sequence length + 1 token ids and, last, the cluster of the row's documents."""
         with torch.no_grad():
             heard = self.decoder.listen(row_BT[:, :-2])
-        gates = self.decoder.gates.by_name()
+        gates = self.decoder.gates.by_name
         losses = [contrast(gates[name].scores(read_BTD), row_BT[:, -1]) for name, read_BTD in heard.items()]
         return {"loss": torch.stack(losses).mean()}

@@ -125,20 +125,23 @@ class ModuleGates(nn.Module):
         self.memory = memory
         self.end_of_text = end_of_text
         self.weigh = weigh
-        self.names: list[str] = []
         self.gates = nn.ModuleList()
+        self.by_name: dict[str, Gates] = {}
+        self.asked_by: dict[str, str] = {}  # the name of the gates that each routed module asks
         self.told: dict[str, Tensor] = {}  # log weights [B, T, S] of the last pass, by the names of the gates
         self._begins_BT: Tensor | None = None
         self._read: dict[str, Tensor] | None = None
 
     def add(self, name: str, gates: Gates) -> None:
         """Take in the gates of a module."""
-        self.names.append(name)
+        self.by_name[name] = gates
         self.gates.append(gates)
 
-    def by_name(self) -> dict[str, Gates]:
-        """The gates of each module."""
-        return {name: gates for name, gates in zip(self.names, self.gates, strict=True) if isinstance(gates, Gates)}
+    def asked_at(self, path: str, name: str) -> Ask:
+        """What the module at `path` asks: the gates of this name, which read the input of the first that does."""
+        first = name not in self.asked_by.values()
+        self.asked_by[path] = name
+        return partial(self.ask, name, first)
 
     def begin(self, ids_BT: Tensor, read: dict[str, Tensor] | None) -> None:
         """A pass over these tokens begins. `read`: what was read up to the token before, where a cache holds it."""
@@ -148,7 +151,7 @@ class ModuleGates(nn.Module):
     def ask(self, name: str, first: bool, u_BTI: Tensor) -> Tensor:
         """Log weights at a module; `first`: its input is what the gates of this name read."""
         if first:
-            self.told[name] = self.weigh(self.by_name()[name], self._reading(name, u_BTI))
+            self.told[name] = self.weigh(self.by_name[name], self._reading(name, u_BTI))
         return self.told[name]
 
     def _reading(self, name: str, u_BTI: Tensor) -> Tensor:
@@ -201,11 +204,11 @@ class RoutedDecoder(Decoder):
             parent, kind = path.rsplit(".", 1)
             module = decoder.get_submodule(path)
             name = path if place == "module" else path.split(".self_attn")[0].split(".mlp")[0]
-            if first := name not in decoder.gates.names:
+            if name not in decoder.gates.by_name:
                 width = module.in_features if isinstance(module, nn.Linear) else decoder.config.hidden_size
                 vectors_XI = torch.zeros(count, width) if tensors is None else tensors[f"{name}.vectors"]
                 decoder.gates.add(name, Gates(vectors_XI, None, mode).requires_grad_(tensors is None))
-            ask = partial(decoder.gates.ask, name, first)
+            ask = decoder.gates.asked_at(path, name)
             routed: nn.Module
             if isinstance(module, nn.Linear):
                 routed = RoutedLinear(module, [each[f"{path}.weight"] for each in adapters], ask)
@@ -226,7 +229,8 @@ class RoutedDecoder(Decoder):
     def listen(self, ids_BT: Tensor) -> dict[str, Tensor]:
         """What every gate reads [B, T, I] where no expert is asked, by name."""
         heard: dict[str, Tensor] = {}
-        weigh, self.gates.weigh = self.gates.weigh, partial(_of_none, [*self.gates.names], heard)
+        names = {gates: name for name, gates in self.gates.by_name.items()}
+        weigh, self.gates.weigh = self.gates.weigh, partial(_of_none, names, heard)
         self.hidden_states(ids_BT)
         self.gates.weigh = weigh
         return heard
@@ -238,21 +242,20 @@ class RoutedDecoder(Decoder):
 
     def gate_tensors(self) -> dict[str, Tensor]:
         """What is saved: `<name>.vectors` [X, I] of every gate."""
-        return {f"{name}.vectors": gates.stacked().detach() for name, gates in self.gates.by_name().items()}
+        return {f"{name}.vectors": gates.stacked().detach() for name, gates in self.gates.by_name.items()}
 
     def flops_beside(self, asked: Mapping[str, Tensor]) -> float:
         """Operations per token beyond those of the plain decoder, given each gate's share of tokens by slot [S]."""
-        total = sum(2.0 * sum(vector.numel() for vector in gates.vectors) for gates in self.gates.by_name().values())
-        for module in self.routed().values():
-            name = module.ask.args[0] if isinstance(module.ask, partial) else ""
-            costs = module.slot_flops()
-            total += sum(cost * float(share) for cost, share in zip(costs, asked[name], strict=True)) - costs[0]
+        total = sum(2.0 * sum(vector.numel() for vector in gates.vectors) for gates in self.gates.by_name.values())
+        for path, module in self.routed().items():
+            costs, shares = module.slot_flops(), asked[self.gates.asked_by[path]]
+            total += sum(cost * float(share) for cost, share in zip(costs, shares, strict=True)) - costs[0]
         return total
 
 
-def _of_none(names: list[str], heard: dict[str, Tensor], gates: Gates, read_BTI: Tensor) -> Tensor:
-    """Log weights [B, T, S] of the seed alone; keeps what was read under the next name."""
-    heard[names.pop(0)] = read_BTI
+def _of_none(names: Mapping[Gates, str], heard: dict[str, Tensor], gates: Gates, read_BTI: Tensor) -> Tensor:
+    """Log weights [B, T, S] of the seed alone; keeps what was read under the gates' name."""
+    heard[names[gates]] = read_BTI
     closed_BTX = read_BTI.new_full((*read_BTI.shape[:2], len(gates.vectors)), -torch.inf)
     return F.pad(closed_BTX, (1, 0))
 

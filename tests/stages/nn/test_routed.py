@@ -137,14 +137,16 @@ def test_with_a_cache_it_reads_as_without(kind, place, mode, memory):
 
 def test_gates_of_a_layer_answer_for_all_its_modules_and_those_of_modules_for_one():
     layer, module = routed(place="layer"), routed(place="module")
-    assert layer.gates.names == [f"model.layers.{number}" for number in range(3)]
-    assert set(module.gates.names) == set(module.routed()) and len(module.gates.names) == 21
+    assert [*layer.gates.by_name] == [f"model.layers.{number}" for number in range(3)]
+    assert set(module.gates.by_name) == set(module.routed()) and len(module.gates.by_name) == 21
+    assert module.gates.asked_by == {name: name for name in module.routed()}
+    assert layer.gates.asked_by == {path: ".".join(path.split(".")[:3]) for path in module.routed()}
     asked = []
     real = layer.gates.weigh
     layer.gates.weigh = lambda gates, read: asked.append(read.shape[-1]) or real(gates, read)
     layer(rows())
     assert asked == [WIDTH] * 3
-    assert set(layer.gates.told) == set(layer.gates.names)
+    assert set(layer.gates.told) == set(layer.gates.by_name)
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.9])
@@ -209,7 +211,7 @@ def test_the_contrastive_loss_is_the_mean_over_gates_read_by_the_seed():
     found = RoutedContrastiveLoss(decoder)(torch.cat([rows(), clusters[:, None]], 1))["loss"]
     own = (clusters[:, None] == torch.arange(3)).float()[:, None].expand(3, 10, 3)
     each = [
-        F.binary_cross_entropy((read @ decoder.gates.by_name()[name].stacked().T).sigmoid(), own)
+        F.binary_cross_entropy((read @ decoder.gates.by_name[name].stacked().T).sigmoid(), own)
         for name, read in decoder.listen(rows()[:, :-1]).items()
     ]
     assert found.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-4)
@@ -246,7 +248,7 @@ def test_a_token_costs_what_it_asks_however_many_experts_there_are(kind):
         asked = {name: (told > -torch.inf).float().mean((0, 1)) for name, told in decoder.gates.told.items()}
         extra = (counter.get_total_flops() - plain.get_total_flops()) / 12
         assert decoder.flops_beside(asked) == pytest.approx(extra, rel=1e-6)
-        gates = 2 * sum(gates.stacked().numel() for gates in decoder.gates.by_name().values())
+        gates = 2 * sum(gates.stacked().numel() for gates in decoder.gates.by_name.values())
         pairs = decoder.flops_beside(asked) - gates
         if count == 2:
             few = pairs

@@ -50,7 +50,7 @@ def vectors(decoder, count, size=1.0):
     draw = torch.Generator().manual_seed(8)
     return {
         f"{name}.vectors": torch.randn(count, gates.stacked().shape[1], generator=draw) * size
-        for name, gates in decoder.gates.by_name().items()
+        for name, gates in decoder.gates.by_name.items()
     }
 
 
