@@ -1,10 +1,11 @@
 """A decoder whose weights are all large enough that nothing in it can be left out unnoticed."""
 
+import loud_weights
 import torch
 from torch import nn
 
 from schemas.decoder import DecoderConfig
-from stages.nn.attention import RMSNorm, SelfAttention
+from stages.nn.attention import SelfAttention
 from stages.nn.decoder import Decoder
 
 VOCAB = 61
@@ -27,12 +28,8 @@ def shape(**changes):
 
 def loud(config, seed=0, std=0.3):
     torch.manual_seed(seed)
-    decoder = Decoder(config).eval().requires_grad_(False)
-    for parameter in decoder.parameters():
-        nn.init.normal_(parameter, std=std)
+    decoder = loud_weights.loud(Decoder(config), std).eval().requires_grad_(False)
     for part in decoder.modules():
-        if isinstance(part, RMSNorm):
-            nn.init.normal_(part.weight, mean=1.0, std=0.3)
         if isinstance(part, SelfAttention) and decoder.config.model_type == "qwen2":
             nn.init.normal_(part.q_proj.bias)  # beside products this large a small one would do nothing
             nn.init.normal_(part.k_proj.bias)

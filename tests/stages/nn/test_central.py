@@ -1,14 +1,13 @@
 import itertools
 import math
 
+import loud_weights
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from schemas.central import CentralConfig, CentralShape
 from schemas.decoder import DecoderConfig, LinearRope
-from stages.nn.attention import RMSNorm
 from stages.nn.central import CentralLoss, CentralModel
 from stages.nn.concepts import concept_loss, concepts_of
 from stages.nn.decoder import Decoder
@@ -30,14 +29,9 @@ def shape(**changes):
 
 
 def loud(module, std=0.3):
-    """Weights so large that every path carries something, norms included."""
+    """The same weights in every call."""
     torch.manual_seed(0)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std)
-    for part in module.modules():
-        if isinstance(part, RMSNorm):
-            nn.init.normal_(part.weight, mean=1.0, std=0.3)
-    return module
+    return loud_weights.loud(module, std)
 
 
 def make(reducer="perceiver", upsampling="attention", **changes):

@@ -2,28 +2,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from toy_composed import OTHER, SEED, VOCAB, composed
 
-from schemas.compose_model import BridgeConfig, CentralConfig, CentralShape
-from schemas.decoder import DecoderConfig
 from stages.nn import choice
 from stages.nn.bridges import CalmBridge, Prior
-from stages.nn.central import CentralModel
 from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
-from stages.nn.decoder import Decoder
-from stages.nn.gates import ExpertGates, SeedGate
 
-VOCAB, EXPERTS, TOKENS = 29, 4, 30
-SEED = DecoderConfig(
-    vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-    num_key_value_heads=1,
-)  # fmt: skip
-OTHER = SEED.model_copy(update={"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2})
-SHAPE = CentralShape(
-    group_length=4, latents_per_group=2, encoder_layers=1, latent_layers=2, decoder_layers=3, token_window=7,
-    plan_horizon=2,
-)  # fmt: skip
+EXPERTS, TOKENS = 4, 30
 BRIDGES = pytest.mark.parametrize("bridge", ["stitch", "calm"])
 GATES = pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
 
@@ -33,20 +20,9 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "SEGMENT", 6)  # no multiple of the group length
 
 
-def loud(module: nn.Module, std: float = 0.4) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std)
-    return module
-
-
 def make(bridge: str = "stitch", gate: bool = True, evidence: bool = True) -> ComposedModel:
-    torch.manual_seed(0)
-    experts = [loud(Decoder(config)).eval() for config in (SEED, OTHER, SEED, OTHER)]
-    gates = ExpertGates(3 * torch.randn(EXPERTS, 16), torch.zeros(EXPERTS), "joint", 2, 0.5, 0)
-    config = BridgeConfig(bridge=bridge, token_sites=2, latent_sites=2, evidence=evidence)
-    reader = SeedGate(loud(Decoder(SEED)), gates) if gate else None
-    model = ComposedModel(CentralModel(CentralConfig.beside(SHAPE, SEED)), experts, config, reader)
-    loud(model.central), loud(model.bridges)
+    experts = (SEED, OTHER, SEED, OTHER)
+    model = composed(bridge, experts=experts, gate=gate, memory=0.5, size=3.0, evidence=evidence, std=0.4)
     with torch.no_grad():
         for part in model.modules():
             if isinstance(part, Prior) and part.weight_F is not None:

@@ -4,49 +4,13 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from toy_composed import OTHER, SEED, SHAPE, VOCAB, composed
 
-from schemas.compose_model import BridgeConfig, CentralConfig, CentralShape
-from schemas.decoder import DecoderConfig
-from stages.nn.attention import RMSNorm
-from stages.nn.central import CentralModel
+from schemas.central import CentralConfig
+from schemas.compose_model import BridgeConfig
 from stages.nn.composed import ComposedLoss, ComposedModel, site_depths
-from stages.nn.decoder import Decoder, token_log_probs
+from stages.nn.decoder import token_log_probs
 from stages.nn.experts import FADING
-from stages.nn.gates import ExpertGates, SeedGate
-
-VOCAB = 29
-SEED = DecoderConfig(
-    vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
-    num_key_value_heads=1,
-)  # fmt: skip
-OTHER = SEED.model_copy(update={"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3})
-SHAPE = CentralShape(
-    group_length=4, latents_per_group=2, encoder_layers=2, latent_layers=3, decoder_layers=3, token_window=7,
-    plan_horizon=2,
-)  # fmt: skip
-
-
-def loud(module, std=0.3):
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std)
-    for part in module.modules():
-        if isinstance(part, RMSNorm):
-            nn.init.normal_(part.weight, mean=1.0, std=0.3)
-    return module
-
-
-def make(bridge="stitch", *, gate=True, experts=(SEED, OTHER), evidence=True, shake=True, shape=SHAPE):
-    torch.manual_seed(0)
-    central = CentralModel(CentralConfig.beside(shape, SEED))
-    frozen = [loud(Decoder(config)).eval() for config in experts]
-    gates = ExpertGates(torch.randn(len(experts), 16), torch.zeros(len(experts)), "joint", 2, 0.9, 0)
-    bridge, _, head = bridge.partition(" of ")
-    config = BridgeConfig(bridge=bridge, head=head or "predictions", token_sites=2, latent_sites=2, evidence=evidence)
-    model = ComposedModel(central, frozen, config, SeedGate(loud(Decoder(SEED)), gates) if gate else None)
-    if shake:
-        loud(model.central)
-        loud(model.bridges)
-    return model
 
 
 def some_ids(rows, tokens, seed=1):
@@ -58,7 +22,7 @@ BRIDGES = pytest.mark.parametrize("bridge", ["stitch", "calm", "stitch of states
 
 @BRIDGES
 def test_no_token_moves_logits_before_it_in_training_with_targets(bridge):
-    model = make(bridge).train()
+    model = composed(bridge).train()
     assert {"latent_1", "latent_2", "token_1", "head"} == set(model.bridges.depths)
     row = some_ids(2, 24)
     before = model.log_probs(row[:, :-1], row[:, 1:])[0]
@@ -73,7 +37,7 @@ def test_no_token_moves_logits_before_it_in_training_with_targets(bridge):
 
 @BRIDGES
 def test_what_a_target_is_given_is_what_the_logits_say_which_know_no_target(bridge):
-    model, row = make(bridge).eval(), some_ids(3, 24)
+    model, row = composed(bridge).eval(), some_ids(3, 24)
     expected = token_log_probs(model(row[:, :-1]).logits_BTV, row[:, 1:])
     torch.testing.assert_close(model.log_probs(row[:, :-1], row[:, 1:])[0], expected, atol=1e-5, rtol=1e-4)
     few = token_log_probs(model(row[:, :-1], active=[1]).logits_BTV, row[:, 1:])
@@ -83,7 +47,7 @@ def test_what_a_target_is_given_is_what_the_logits_say_which_know_no_target(brid
 
 @BRIDGES
 def test_experts_reach_the_next_group_through_latent_sites_alone(bridge):
-    model = make(bridge)
+    model = composed(bridge)
     del model.bridges.depths["token_1"], model.bridges.sites["token_1"]
     nn.init.zeros_(model.bridges.sites["head"].open.weight)
     nn.init.constant_(model.bridges.sites["head"].open.bias, -1e4)  # shut
@@ -99,7 +63,7 @@ def test_experts_reach_the_next_group_through_latent_sites_alone(bridge):
 @BRIDGES
 @pytest.mark.parametrize("chunks", [[1] * 23, [3, 1, 7, 2, 10], [2, 21], [4, 4, 4, 11]])
 def test_any_chunks_with_a_cache_equal_the_whole(bridge, chunks):
-    model = make(bridge).eval()
+    model = composed(bridge).eval()
     ids, cache = some_ids(2, 23), model.new_cache()
     whole = model(ids).logits_BTV
     logits = torch.cat([model(chunk, cache).logits_BTV for chunk in ids.split(chunks, 1)], 1)
@@ -108,7 +72,7 @@ def test_any_chunks_with_a_cache_equal_the_whole(bridge, chunks):
 
 @BRIDGES
 def test_the_last_logits_alone_are_those_of_all(bridge):
-    model = make(bridge).eval()
+    model = composed(bridge).eval()
     ids, cache = some_ids(2, 23), model.new_cache()
     model(ids[:, :9], cache, last=True)
     last = model(ids[:, 9:], cache, last=True).logits_BTV
@@ -117,7 +81,7 @@ def test_the_last_logits_alone_are_those_of_all(bridge):
 
 @BRIDGES
 def test_logits_of_a_prefix_do_not_depend_on_what_follows(bridge):
-    model = make(bridge).eval()
+    model = composed(bridge).eval()
     ids = some_ids(2, 23)
     whole = model(ids).logits_BTV
     for tokens in (1, 3, 4, 5, 8, 15, 22):
@@ -126,20 +90,20 @@ def test_logits_of_a_prefix_do_not_depend_on_what_follows(bridge):
 
 @BRIDGES
 def test_without_bridges_it_is_the_central_model_exactly(bridge):
-    model = make(bridge)
+    model = composed(bridge)
     ids = some_ids(2, 23)
     assert torch.equal(model(ids, ablate=frozenset({"bridges"})).logits_BTV, model.central(ids).logits_BTV)
     assert not torch.equal(model(ids).logits_BTV, model.central(ids).logits_BTV)
 
 
 def test_experts_in_each_others_place_change_the_logits():
-    model = make(experts=(SEED, SEED), gate=False)
+    model = composed(experts=(SEED, SEED), gate=False)
     ids = some_ids(2, 23)
     assert not torch.allclose(model(ids, ablate=frozenset({"experts"})).logits_BTV, model(ids).logits_BTV)
 
 
 def test_the_mixture_is_that_of_the_predictions_by_shares_that_sum_to_one():
-    model, ids = make().eval(), some_ids(2, 11)
+    model, ids = composed().eval(), some_ids(2, 11)
     cache = model.new_cache()
     experts = model.consult(ids, cache)
     model.bridges.remember(experts, cache.bridges)
@@ -153,7 +117,7 @@ def test_the_mixture_is_that_of_the_predictions_by_shares_that_sum_to_one():
 
 
 def test_with_all_weight_on_one_experts_prediction_the_logits_are_that_experts():
-    model = make(experts=(SEED, OTHER), gate=False, evidence=False)
+    model = composed(experts=(SEED, OTHER), gate=False, evidence=False)
     head = model.bridges.sites["head"]
     with torch.no_grad():
         nn.init.zeros_(head.choose.weight)
@@ -166,7 +130,7 @@ def test_with_all_weight_on_one_experts_prediction_the_logits_are_that_experts()
 
 
 def test_with_all_weight_on_one_experts_state_the_logits_are_that_experts():
-    model = make("stitch of states", experts=(SEED, SEED), gate=False, evidence=False)
+    model = composed("stitch of states", experts=(SEED, SEED), gate=False, evidence=False)
     expert = model.decoders[1]
     model.central.embed_tokens.weight.data.copy_(expert.model.embed_tokens.weight)
     model.central.lm_head.weight.data.copy_(expert.lm_head.weight)
@@ -183,7 +147,7 @@ def test_with_all_weight_on_one_experts_state_the_logits_are_that_experts():
 
 @BRIDGES
 def test_training_changes_central_model_and_bridges_and_no_expert(bridge):
-    model = make(bridge, shake=False)
+    model = composed(bridge, shake=False)
     frozen = {name: p.clone() for name, p in model.named_parameters() if name.startswith(("experts.", "gate."))}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -199,7 +163,7 @@ def test_training_changes_central_model_and_bridges_and_no_expert(bridge):
 
 @BRIDGES
 def test_bridges_alone_can_be_trained_and_every_one_of_them_is(bridge):
-    model = make(bridge)
+    model = composed(bridge)
     model.central.requires_grad_(False)
     ComposedLoss(model)(some_ids(2, 24))["loss"].backward()
     silent = [name for name, p in model.bridges.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -207,7 +171,7 @@ def test_bridges_alone_can_be_trained_and_every_one_of_them_is(bridge):
 
 
 def test_evidence_is_the_faded_log_likelihood_of_the_tokens_so_far():
-    model = make(gate=False)
+    model = composed(gate=False)
     ids, cache = some_ids(2, 9), model.new_cache()
     prior = model.consult(ids, cache).prior_BTXF
     likelihood = torch.stack([token_log_probs(e(ids[:, :-1]), ids[:, 1:]) for e in model.decoders], -1)
@@ -228,7 +192,7 @@ def test_sites_are_spread_and_the_last_reads_the_experts_last_state():
 
 @BRIDGES
 def test_weights_hold_no_expert_and_come_back(bridge):
-    model = make(bridge)
+    model = composed(bridge)
     weights = model.weights()
     assert not [name for name in weights if not name.startswith(("central.", "bridges."))]
     again = ComposedModel.from_weights(model.central.config, model.config, weights, model.decoders, model.gate)
@@ -238,7 +202,7 @@ def test_weights_hold_no_expert_and_come_back(bridge):
 
 @BRIDGES
 def test_one_batch_can_be_learnt_by_heart(bridge):
-    model = make(bridge, shake=False)
+    model = composed(bridge, shake=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     row, losses = some_ids(4, 21), []
     for _ in range(80):
@@ -253,7 +217,7 @@ def test_one_batch_can_be_learnt_by_heart(bridge):
 @pytest.mark.slow
 @BRIDGES
 def test_leak_alarm_random_tokens_stay_at_the_entropy(bridge):
-    model = make(bridge, shake=False, experts=(SEED,))
+    model = composed(bridge, shake=False, experts=(SEED,))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     losses = []
     for step in range(300):

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+import loud_weights
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from schemas.central import CentralConfig, CentralShape, LevelShape
 from schemas.compose_model import BridgeConfig
 from schemas.decoder import DecoderConfig
-from stages.nn.attention import Layer, RMSNorm
+from stages.nn.attention import Layer
 from stages.nn.central import CentralLoss, CentralModel, shifted
 from stages.nn.composed import ComposedLoss, ComposedModel
 from stages.nn.decoder import Decoder
@@ -76,14 +77,9 @@ def config_of(**changes):
 
 
 def loud(module, std=0.25):
-    """Weights so large that every path carries something, norms included."""
+    """The same weights in every call."""
     torch.manual_seed(0)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std)
-    for part in module.modules():
-        if isinstance(part, RMSNorm):
-            nn.init.normal_(part.weight, mean=1.0, std=0.3)
-    return module
+    return loud_weights.loud(module, std)
 
 
 def make(**changes):
