@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from schemas.compose_model import BridgeConfig, CentralConfig
+from schemas.central import CentralConfig
+from schemas.compose_model import BridgeConfig
 from schemas.decoder import DecoderConfig
 from stages.nn.central import CentralModel
 from stages.nn.composed import ComposedModel

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from schemas.compose_model import CentralConfig, CentralShape
+from schemas.central import CentralConfig, CentralShape
 from schemas.decoder import DecoderConfig
 from stages.nn.central import CentralModel
 from stages.nn.decoder import Decoder

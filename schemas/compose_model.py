@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from schemas.central import CentralConfig as CentralConfig
-from schemas.central import CentralShape as CentralShape
+from schemas.central import CentralShape
 from schemas.manifest import Manifest
 from schemas.strict import Config, Strict, runtime_setting
 from schemas.training import TrainingConfig, TrainingMetrics

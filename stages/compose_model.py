@@ -14,11 +14,11 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+from schemas.central import CentralConfig
 from schemas.compose_model import (
     CentralAloneConfig,
     CentralAloneManifest,
     CentralAloneMetrics,
-    CentralConfig,
     ComposeConfig,
     ComposeManifest,
     ComposeMetrics,

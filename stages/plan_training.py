@@ -21,8 +21,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from schemas.central import CentralConfig
 from schemas.cluster_documents import ClusterManifest
-from schemas.compose_model import CentralConfig, ComposeConfig
+from schemas.compose_model import ComposeConfig
 from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME, Manifest

@@ -11,8 +11,9 @@ import shutil
 import pytest
 import torch
 
+from schemas.central import CentralShape
 from schemas.cluster_documents import ClusterConfig
-from schemas.compose_model import BridgeConfig, BridgeTraining, CentralShape, ComposeConfig
+from schemas.compose_model import BridgeConfig, BridgeTraining, ComposeConfig
 from schemas.decoder import DecoderShape
 from schemas.evaluate_models import EvaluateConfig
 from schemas.tokenize_text import TokenizeConfig

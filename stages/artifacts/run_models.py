@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from schemas.central import CentralConfig
 from schemas.cluster_documents import ClusterManifest
-from schemas.compose_model import BridgeConfig, CentralAloneManifest, CentralConfig, ComposeManifest
+from schemas.compose_model import BridgeConfig, CentralAloneManifest, ComposeManifest
 from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME, InputRef, Manifest

@@ -14,7 +14,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from schemas.compose_model import BridgeConfig, CentralConfig
+from schemas.central import CentralConfig
+from schemas.compose_model import BridgeConfig
 from schemas.decoder import DecoderConfig
 from schemas.train_gates import GateMode
 from stages.nn.bridges import SHARE_AT_HEAD, CalmBridge, CalmCache, Shares, StitchBridge

@@ -5,15 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from schemas.compose_model import (
-    BridgeConfig,
-    BridgeTraining,
-    CentralAloneManifest,
-    CentralConfig,
-    CentralShape,
-    ComposeConfig,
-    ComposeManifest,
-)
+from schemas.central import CentralConfig, CentralShape
+from schemas.compose_model import BridgeConfig, BridgeTraining, CentralAloneManifest, ComposeConfig, ComposeManifest
 from schemas.failures import InterruptedFailure, UsageFailure
 from schemas.train_gates import GatesConfig
 from schemas.training import TrainingConfig

@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from schemas.compose_model import BridgeConfig, BridgeTraining, CentralShape, ComposeConfig
+from schemas.central import CentralShape
+from schemas.compose_model import BridgeConfig, BridgeTraining, ComposeConfig
 from schemas.export_model import ExportConfig
 from schemas.failures import Failure, InputFailure, StaleFailure, UsageFailure
 from schemas.generate_text import GenerateConfig

@@ -175,7 +175,8 @@ def test_the_table_says_what_lora_experts_cost(lora_run: Path, copied_run: Copie
 
 
 def test_every_decoder_the_stages_load_is_the_seed_with_its_adapter(lora_run: Path, copied_run: Copied) -> None:
-    from schemas.compose_model import BridgeTraining, CentralShape, ComposeConfig
+    from schemas.central import CentralShape
+    from schemas.compose_model import BridgeTraining, ComposeConfig
 
     run_dir = copied_run(lora_run)
     models = RunModels.find(run_dir)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 
-from schemas.compose_model import CentralConfig
+from schemas.central import CentralConfig
 from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
 from stages.engine import engines
