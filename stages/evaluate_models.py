@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from schemas.cluster_documents import ClusterManifest
+from schemas.compose_model import ComposeManifest
 from schemas.evaluate_models import EvaluateConfig, EvaluateManifest, EvaluateMetrics, FittedRouting, ModelRow, UsageRow
 from schemas.files import write_bytes
 from schemas.tokenize_text import TokenizeManifest
@@ -236,20 +237,18 @@ class Evaluation:
             scores = self.score(lambda ids: central(ids).logits_BTV, "central alone")
             self.table.add("central alone", "central", scores, size, size, central_training + begun, flops)
             self._add_usage("central alone", central, ("latents", "plan"))
-        for name in self.models.compositions:
-            self._add_composition(name, central_training)
+        for name, manifest in self.models.compositions.items():
+            self._add_composition(name, manifest, central_training)
 
-    def _add_composition(self, name: str, central_training: float) -> None:
-        manifest = self.models.compositions[name]
+    def _add_composition(self, name: str, manifest: ComposeManifest, central_training: float) -> None:
         composed = ComposedModel.from_parts(**self.models.composition(name))
         costs = ComposedCosts(composed, self.length)
         composed.to(device())
         training = costs.training(manifest.metrics.training.tokens) + central_training
         if manifest.config.gates != "none" and self.models.gates:
             training += self.costs.gate_training(self.models.gates.metrics, manifest.config.gates)
-        copies = manifest.config.experts == "seed-copies"
+        copies, count = manifest.config.experts == "seed-copies", len(self.models.experts)
         training += self.costs.seed if copies else self.costs.experts
-        count = len(self.models.experts)
         size = manifest.metrics.parameters + self.costs.weights(count, 0 if copies else count)
         label = manifest.config.label(name)
         scores = self.score(lambda ids: composed(ids).logits_BTV, label)

@@ -15,7 +15,7 @@ from stages import generate_text
 from stages.artifacts.run_models import RunModels, routing_tensors
 from stages.clustering.features import normalised
 from stages.clustering.routing import cluster_weights, prefix_sums
-from stages.nn import choice
+from stages.nn import choice, readers
 from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
@@ -458,7 +458,7 @@ def test_models_that_cannot_go_side_by_side_go_one_after_the_other(full_run, pro
 
 def test_a_decoder_that_cannot_be_packed_writes_the_same(full_run, prompts_file, monkeypatch):
     expected = [text_of(full_run, prompt=prompt, temperature=0, max_tokens=40) for prompt in PROMPTS]
-    monkeypatch.setattr(generate_text, "packable", lambda _: False)
+    monkeypatch.setattr(readers, "packable", lambda _: False)
     assert text_of(full_run, prompt=PROMPTS[0], temperature=0, max_tokens=40) == expected[0]
     together = config(prompt="", prompts=prompts_file, temperature=0, max_tokens=40)
     assert [text for _, text in generate_text.continuations(together, full_run)] == expected
