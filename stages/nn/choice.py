@@ -3,11 +3,11 @@
 Shape letters: B batch, T new tokens, X experts, F priors per expert.
 
 - every `SEGMENT` tokens, from what lies before them: nothing a text says later changes who was asked before
-- the first segment is read by all experts, as nothing is known yet; after it those stay whose prior before the output
-  layer is highest: what the gates said at the last token, and how well each expert predicted the first segment
-- of experts at rest nothing newer than the first segment is known but the gates' word. Where there are gates, what the
-  first segment said fades as evidence does, and an expert that comes in reads all it has missed. Without gates, the
-  first choice stands
+- the first `OPENING` tokens are read by all experts, as nothing is known yet; after them those stay whose prior before
+  the output layer is highest: what the gates said at the last token, and how well each expert predicted the opening
+- of experts at rest nothing newer than the opening is known but the gates' word. Where there are gates, what the
+  opening said fades as evidence does, and an expert that comes in reads all it has missed. Without gates, the first
+  choice stands
 - texts differ in whom they ask, so each is read alone
 """
 
@@ -22,12 +22,13 @@ from stages.nn.central import HEAD_SITE
 from stages.nn.composed import ComposedCache, ComposedModel
 from stages.nn.experts import FADING
 
-SEGMENT = 64  # tokens
+OPENING = 16  # tokens
+SEGMENT = 64  # tokens; from the opening to a multiple of them, and then from one to the next
 
 
 @dataclass
 class ChoiceCache:
-    """What is kept of one text: the model's caches, who is asked, and what the first segment said of all experts."""
+    """What is kept of one text: the model's caches, who is asked, and what the opening said of all experts."""
 
     composed: ComposedCache
     active: Sequence[int] | None = None  # None: all
@@ -56,11 +57,11 @@ class ChosenExperts:
         experts, before = cache.composed.experts, cache.composed.experts.tokens_read
         logits: list[Tensor] = []
         while ids_1T.shape[1]:
-            within = experts.seen % SEGMENT
-            piece_1T, ids_1T = ids_1T[:, : SEGMENT - within], ids_1T[:, SEGMENT - within :]
+            left = OPENING - experts.seen if experts.seen < OPENING else SEGMENT - experts.seen % SEGMENT
+            piece_1T, ids_1T = ids_1T[:, :left], ids_1T[:, left:]
             if self.count == len(self.composed.experts):  # nothing to choose
                 piece_1T, ids_1T = torch.cat([piece_1T, ids_1T], 1), ids_1T[:, :0]
-            elif experts.seen and not within:
+            elif experts.seen == OPENING or (experts.seen and left == SEGMENT):
                 cache.active = self._choose(cache)
             out = self.composed(piece_1T, cache.composed, active=cache.active, last=last)
             logits = [out.logits_BTV] if last else [*logits, out.logits_BTV]
@@ -82,7 +83,7 @@ class ChosenExperts:
         prior_BXF = cache.first_BXF.clone()
         if self.composed.gate is not None:
             kinds = self.composed.experts.kinds
-            since = cache.composed.experts.seen - SEGMENT
+            since = cache.composed.experts.seen - OPENING
             fading_F = prior_BXF.new_tensor([1.0, *FADING][: 1 + kinds])
             prior_BXF = torch.cat([now_BXF[..., :1], prior_BXF[..., 1:]], -1) * fading_F**since
         head = self.composed.bridges.sites[HEAD_SITE]

@@ -134,6 +134,7 @@ def test_caches_change_nothing(full_run, tokenizer, end, model, prompt):
 def test_few_experts_of_a_composition_write_what_they_write_without_caches(
     full_run, tokenizer, end, monkeypatch, model, prompt
 ):
+    monkeypatch.setattr(choice, "OPENING", 2)
     monkeypatch.setattr(choice, "SEGMENT", 3)
     chosen = ChosenExperts(ComposedModel.from_parts(**RunModels.find(full_run).composition(model)), 1)
     given = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]

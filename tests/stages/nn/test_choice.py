@@ -11,12 +11,14 @@ from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
 
 EXPERTS, TOKENS = 4, 30
+LENGTHS = [4, 2, 6, 6, 6, 6]  # of the segments: the opening, and from there on to each multiple of six
 BRIDGES = pytest.mark.parametrize("bridge", ["stitch", "calm"])
 GATES = pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
 
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "OPENING", 4)
     monkeypatch.setattr(choice, "SEGMENT", 6)  # no multiple of the group length
 
 
@@ -39,7 +41,7 @@ def some_ids(rows: int = 1, seed: int = 0) -> Tensor:
 def chosen_by_segment(chosen: ChosenExperts, ids: Tensor) -> list[list[int]]:
     """Who is active in each segment; a call each."""
     cache, found = chosen.new_cache(), []
-    for piece in ids.split(choice.SEGMENT, 1):
+    for piece in ids.split(LENGTHS, 1):
         chosen.read(piece, cache)
         found.append(list(range(EXPERTS)) if cache.active is None else list(cache.active))
     return found
@@ -50,8 +52,8 @@ def masked_reference(
 ) -> Tensor:
     """All experts read all tokens, and every bridge gives no weight to those that are not chosen at a reader's end."""
     closed = torch.full((TOKENS, EXPERTS), -1e4)
-    for token in range(TOKENS):
-        closed[token, active[token // choice.SEGMENT]] = 0.0
+    for rows, experts in zip(closed.split(LENGTHS), active, strict=True):
+        rows[:, experts] = 0.0
     consult, plain = model.consult, Prior.forward
 
     def marked(*args: object) -> object:
@@ -75,6 +77,12 @@ def test_with_all_experts_active_it_is_the_composed_model(bridge: str, gate: boo
     chosen = ChosenExperts(model, EXPERTS + 3)
     torch.testing.assert_close(chosen.logits(ids), model(ids).logits_BTV, atol=1e-4, rtol=1e-3)
     assert chosen.read_per_token == EXPERTS
+
+
+@BRIDGES
+def test_a_text_no_longer_than_the_opening_is_read_by_all(bridge: str) -> None:
+    model, ids = make(bridge), some_ids(2)[:, :4]
+    torch.testing.assert_close(ChosenExperts(model, 1).logits(ids), model(ids).logits_BTV, atol=1e-4, rtol=1e-3)
 
 
 @BRIDGES
@@ -103,12 +111,12 @@ def test_experts_come_and_go_with_the_gates_and_none_has_holes(bridge: str) -> N
 @pytest.mark.parametrize("evidence", [True, False])
 def test_without_gates_the_first_choice_stands(evidence: bool) -> None:
     active = chosen_by_segment(ChosenExperts(make(gate=False, evidence=evidence), 2), some_ids())
-    assert active[1:] == [active[1]] * 4 and len(active[1]) == 2
+    assert active[1:] == [active[1]] * 5 and len(active[1]) == 2
 
 
-def test_the_experts_that_predict_the_first_segment_best_are_chosen() -> None:
+def test_the_experts_that_predict_the_opening_best_are_chosen() -> None:
     model, ids = make(gate=False), some_ids()
-    evidence = model.consult(ids[:, :6], model.new_cache()).prior_BTXF[0, -1].sum(-1)
+    evidence = model.consult(ids[:, :4], model.new_cache()).prior_BTXF[0, -1].sum(-1)
     active = chosen_by_segment(ChosenExperts(model, 2), ids)
     assert active[1] == sorted(evidence.topk(2).indices.tolist())
 
@@ -155,8 +163,8 @@ def test_experts_at_rest_read_nothing_and_what_they_catch_up_on_is_counted() -> 
         expert.hidden_states = counted
     chosen = ChosenExperts(model, 1)
     chosen.logits(ids)
-    assert sum(read) == 6 * EXPERTS + 24 == chosen.tokens_read
-    assert chosen.read_per_token == pytest.approx((6 * EXPERTS + 24) / 30)
+    assert sum(read) == 4 * EXPERTS + 26 == chosen.tokens_read
+    assert chosen.read_per_token == pytest.approx((4 * EXPERTS + 26) / 30)
 
 
 def test_an_expert_that_comes_back_has_the_evidence_it_would_have_had() -> None:
@@ -176,4 +184,4 @@ def test_calm_keys_of_experts_at_rest_are_not_kept() -> None:
     chosen.read(ids, cache)
     assert all(isinstance(model.bridges.sites[site], CalmBridge) for site in cache.composed.bridges)
     for kept in cache.composed.bridges.values():
-        assert kept.end_K is not None and len(kept.end_K) == 1 + 6 * EXPERTS + 24
+        assert kept.end_K is not None and len(kept.end_K) == 1 + 4 * EXPERTS + 26
