@@ -27,7 +27,8 @@ def test_a_plan_for_scripts_follows_the_settings_file_and_a_table_is_for_people(
 def test_a_plan_needs_no_more_than_a_folder_and_settings(cpipe, tmp_path):
     (tmp_path / "cpipe.toml").write_text(
         "[cluster]\nclusters = 2\n[train-seed]\nhidden_size = 32\nnum_hidden_layers = 1\nsteps = 5\n"
-        "[train-gates]\nmodes = ['independent']\n[[compose]]\nlatent_layers = 1\n"
+        "[train-gates]\nmodes = ['independent']\n[[compose]]\nencoder_layers = 1\nlatent_layers = 1\n"
+        "decoder_layers = 1\n"
     )
     result = cpipe("plan", tmp_path, "--flops-per-second", "1e9")
     assert result.exit_code == 0
