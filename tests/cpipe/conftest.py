@@ -1,8 +1,9 @@
 """A command line that runs in this process, and a run that it made once per session."""
 
 import pytest
+from click.testing import CliRunner
 from tiny_settings import WITH_TWO_COMPOSITIONS
-from typer.testing import CliRunner
+from typer.main import get_command
 
 from cpipe.app import build_app
 
@@ -10,8 +11,8 @@ from cpipe.app import build_app
 @pytest.fixture(scope="session")
 def cpipe():
     """Runs a command; its result has exit_code, stdout, stderr and exception."""
-    app = build_app()
-    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+    command = get_command(build_app())  # made once: Typer's own runner makes all commands anew for every call
+    return lambda *words: CliRunner().invoke(command, [str(word) for word in words])
 
 
 @pytest.fixture(scope="session")
