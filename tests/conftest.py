@@ -57,6 +57,17 @@ def documents(kind):
         yield {"id": f"{kind}-{number}", "source": kind, "text": " ".join(words) + ".\n"}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk():
+    """No test cuts the power, so none has to wait until its thousands of small files are on the disk.
+
+    When and in what order files are synced is asked by tests that put a function of their own in this place.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shape():
     """Two layers of width 32."""
