@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from functools import partial
 
 import loud_weights
 import pytest
@@ -303,20 +304,18 @@ def test_the_shortest_row_has_two_groups_of_every_level_wherever_it_begins():
     assert shifted(some_ids(3, shape.shortest_row() + 1), shape.span(3)).shape == (3, 33)
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_what_a_training_with_all_options_costs_can_be_planned(half):
+def test_what_a_training_with_all_options_costs_can_be_planned():
     everything = {name: values[-1] for name, values in OPTIONS.items()} | {"random_phase": True}
     config = config_of(**everything)
     rows, tokens = 2, 64
-    whole, again = (
-        cost_of_pass(lambda: CentralLoss(CentralModel(config)), rows, tokens, half=half, recompute=recompute)
-        for recompute in (False, True)
-    )
+    plan = partial(cost_of_pass, lambda: CentralLoss(CentralModel(config)), rows, tokens)
+    whole, again, half = plan(half=False), plan(half=False, recompute=True), plan(half=True)
     model = CentralModel(config)
-    assert whole.trained == sum(parameter.numel() for parameter in model.parameters())
+    assert whole.trained == half.trained == sum(parameter.numel() for parameter in model.parameters())
     seen = tokens - config.span(3) + 1  # a row that begins at a random token is shorter
     forward = forward_flops(model, seen) * seen * rows
     assert 2.5 * forward < whole.flops < 3.5 * forward
+    assert half.flops == whole.flops and half.kept < whole.kept
     assert again.kept < whole.kept and again.flops > whole.flops
 
 
