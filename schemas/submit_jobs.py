@@ -83,7 +83,9 @@ class SlurmConfig(Resources):
         20, ge=0, le=10_000, description="How often a training that was told to stop may go back into the queue."
     )
     max_array: int = Field(
-        1001, ge=1, description="Slurm's MaxArraySize, below which numbers of tasks lie, where Slurm cannot be asked."
+        1001,
+        ge=1,
+        description="Slurm's MaxArraySize, where Slurm cannot be asked: longer arrays are submitted in parts.",
     )
     tokenize: ArrayResources = Field(ArrayResources(), description="Of the jobs that tokenize.")
     join: Resources = Field(Resources(), description="Of the short jobs that join what arrays have made.")
@@ -129,12 +131,13 @@ class JobRecord(Strict):
     number: int = Field(gt=0, description="Slurm's number of it.")
     name: str = Field(description="Its name in Slurm, as numbers are used again.")
     tasks: tuple[int, ...] = Field(description="Of an array, the tasks submitted.")
+    begin: int = Field(0, ge=0, description="The task that is number 0 in Slurm, where an array is submitted in parts.")
     command: str = Field(description="What it runs.")
     submitted: str = Field(description="When, UTC, ISO 8601.")
 
     def listed_as(self) -> tuple[str, ...]:
         """The names under which Slurm lists it: `17`, or `17_0`, `17_1`, … of an array."""
-        return tuple(f"{self.number}_{task}" for task in self.tasks) or (str(self.number),)
+        return tuple(f"{self.number}_{task - self.begin}" for task in self.tasks) or (str(self.number),)
 
 
 class JobsRecord(Strict):

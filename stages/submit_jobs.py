@@ -2,36 +2,33 @@
 
 - how many tasks an array has is known from the settings: clusters and shards are counted before any stage has run.
   Experts that were added later are counted in the run
-- finished is what has a manifest with these settings; what is in the queue already is left there, and waited for
-- a job that waits for one that has to be submitted anew would wait in vain: it is taken out of the queue, and submitted
-  anew itself
+- finished is what has a manifest with these settings
 - no manifest: jobs are no result, and where they stand is Slurm's to say
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 from loguru import logger
-from pydantic import ValidationError
 
 from schemas.cluster_documents import ClusterConfig
-from schemas.failures import Failure, IntegrityFailure, UsageFailure
+from schemas.failures import Failure, UsageFailure
 from schemas.files import write_bytes
 from schemas.manifest import FILE_NAME
 from schemas.progress import find_progress, is_finished
-from schemas.strict import Config, explain
-from schemas.submit_jobs import FOLDER, RECORD, JobRecord, JobRow, JobsRecord, SubmitConfig
+from schemas.strict import Config
+from schemas.submit_jobs import FOLDER, JobRow, SubmitConfig
 from schemas.tokenize_text import ShareManifest, TokenizeConfig, TokenizeManifest
 from schemas.train_experts import DENSE, ExpertsConfig, ExpertsManifest
 from schemas.train_gates import ALONE, GatesConfig, GatesManifest, label_of
 from stages.artifacts.added_domains import begun_domains
 from stages.artifacts.locks import turn_by_turn
 from stages.scheduling import job_queue
-from stages.scheduling.limits import refuse_large_arrays, refuse_names
-from stages.scheduling.scripts import TASK, Job, Shell, array, as_path, job_name, ranges, render
+from stages.scheduling.limits import ArrayLimits, cut, find_limits, refuse_names
+from stages.scheduling.scripts import TASK, Job, Shell, as_path, job_name, render
+from stages.scheduling.submission import Submission, read_record, row_of, rows_of, script_of
 from stages.scheduling.todo import Todo, find_todo
 
 AFTER: dict[str, tuple[str, ...]] = {
@@ -54,14 +51,15 @@ def run(config: SubmitConfig, run_dir: Path, *, force: bool = False) -> list[Job
     with turn_by_turn(run_dir, FOLDER):
         todo = find_todo(find_progress(_asked(config, run_dir), run_dir), AFTER, run_dir, force=force)
         jobs = list(_jobs(config, run_dir, todo))
-        refuse_large_arrays(jobs, config.slurm.max_array, submits=config.submit)
+        limits = find_limits(jobs, config.slurm.max_array, submits=config.submit)
         refuse_names(jobs, config.program, run_dir / FOLDER, submits=config.submit)
-        _write_scripts(jobs, config, run_dir)
+        _write_scripts(jobs, config, run_dir, limits)
         missing = {job.name: _missing(job, todo, config, run_dir) for job in jobs}
         if config.submit:
-            submission = Submission(run_dir, config.program)
+            at_most = job_queue.submit_limit({job.resources.account for job in jobs if job.resources.account})
+            submission = Submission(run_dir, config.program, limits, at_most)
             return [row for job in jobs for row in submission.add(job, missing[job.name])]
-        return [_row(name, tasks, None, "to submit" if tasks else "finished") for name, tasks in missing.items()]
+        return [row_of(name, tasks, None, "to submit" if tasks else "finished") for name, tasks in missing.items()]
 
 
 def _asked(config: SubmitConfig, run_dir: Path) -> Iterator[tuple[str, Config | None]]:
@@ -135,17 +133,15 @@ def _gates_alone(config: SubmitConfig) -> list[str]:
     return [f"{GatesManifest.folder}/{label_of(place, mode)}" for place, mode in kinds if mode in ALONE]
 
 
-def _write_scripts(jobs: Sequence[Job], config: SubmitConfig, run_dir: Path) -> None:
+def _write_scripts(jobs: Sequence[Job], config: SubmitConfig, run_dir: Path, limits: ArrayLimits) -> None:
     slurm = config.slurm
     for job in jobs:
-        name = job_name(job.name, run_dir)
-        text = render(job, name, config.program, Path.cwd(), slurm.warn_seconds, slurm.requeues)
-        write_bytes(_script(job, run_dir), text.encode(), run_dir)
+        name, parts = job_name(job.name, run_dir), cut(job.tasks, limits)
+        text = render(
+            job, name, config.program, Path.cwd(), parts, warn_seconds=slurm.warn_seconds, requeues=slurm.requeues
+        )
+        write_bytes(script_of(job, run_dir), text.encode(), run_dir)
     (run_dir / FOLDER / "logs").mkdir(exist_ok=True)
-
-
-def _script(job: Job, run_dir: Path) -> Path:
-    return run_dir / FOLDER / f"{job.name}.sh"
 
 
 def _missing(job: Job, todo: Todo, config: SubmitConfig, run_dir: Path) -> list[int | None]:
@@ -170,117 +166,9 @@ def _is_done(job: Job, task: int | None, config: SubmitConfig, run_dir: Path) ->
     return bool(found) and all((run_dir / folder / FILE_NAME).is_file() for folder in found)
 
 
-class Submission:
-    """Jobs submitted one after the other, each after those it needs; the record is written after each."""
-
-    def __init__(self, run_dir: Path, program: Sequence[str]) -> None:
-        self._run_dir = run_dir
-        self._program = program
-        self._records = list(_read_record(run_dir))
-        self._known = job_queue.states(self._records)
-        self._waits: dict[str, list[str]] = {}  # by job: what Slurm is to wait for
-        self._anew: set[str] = set()
-
-    def add(self, job: Job, missing: Sequence[int | None]) -> list[JobRow]:
-        """Submit what of `missing` is not in the queue. Returns what became of the job."""
-        if not missing:
-            return [_row(job.name, (), None, "finished")]
-        active = self._kept(job)
-        self._waits[job.name] = list(active.values())
-        rows = _rows(job.name, active, self._known)
-        if left := [task for task in missing if task not in active]:
-            number = _sbatch(job, left, [key for name in job.after for key in self._waits.get(name, ())], self._run_dir)
-            self._note(job, number, left, active)
-            self._waits[job.name].append(str(number))
-            self._anew.add(job.name)
-            rows.append(_row(job.name, left, number, "submitted"))
-        return rows
-
-    def _kept(self, job: Job) -> dict[int | None, str]:
-        """Its tasks that stay in the queue, and their keys; what would wait in vain is taken out."""
-        mine = [record for record in self._records if record.job == job.name]
-        active = _active(mine, self._known, job.command(self._program))
-        if self._anew.isdisjoint(job.after):
-            return active
-        if vain := [key for key in active.values() if self._known[key] == "PENDING"]:
-            job_queue.cancel(vain)
-        return {task: key for task, key in active.items() if key not in vain}
-
-    def _note(self, job: Job, number: int, tasks: Sequence[int | None], active: dict[int | None, str]) -> None:
-        """Put a new job on record, and forget those before it that are over."""
-        kept = set(active.values())
-        self._records = [one for one in self._records if one.job != job.name or kept.intersection(one.listed_as())]
-        self._records.append(
-            JobRecord(
-                job=job.name,
-                number=number,
-                name=job_name(job.name, self._run_dir),
-                tasks=tuple(task for task in tasks if task is not None),
-                command=job.command(self._program),
-                submitted=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
-        )
-        content = JobsRecord(schema_id="cpipe.slurm/1", jobs=tuple(self._records))
-        text = content.model_dump_json(by_alias=True, indent=2) + "\n"
-        write_bytes(self._run_dir / FOLDER / RECORD, text.encode(), self._run_dir)
-        logger.info("{} is job {}", job.name, number)
-
-
-def _active(mine: Sequence[JobRecord], known: dict[str, str], command: str) -> dict[int | None, str]:
-    """The tasks of a job (None: the job itself) that are in the queue or run, and their keys.
-
-    Raises UsageFailure where they do something else than is asked for now.
-    """
-    found = {}
-    for record in mine:
-        for task, key in zip(record.tasks or (None,), record.listed_as(), strict=True):
-            if known.get(key, "COMPLETED") not in job_queue.OVER:
-                if record.command != command:
-                    raise UsageFailure(
-                        f"job {key} ({record.job}) is {known[key].lower()} and runs `{record.command}`, not "
-                        f"`{command}`: `scancel {record.number}` first, or wait for it"
-                    )
-                found[task] = key
-    return found
-
-
-def _sbatch(job: Job, tasks: Sequence[int | None], waits_for: Sequence[str], run_dir: Path) -> int:
-    numbers = [task for task in tasks if task is not None]
-    folder = str((run_dir / FOLDER).absolute())
-    log = f"{folder.replace('%', '%%')}/logs/{job.name}-{'%A_%a' if numbers else '%j'}.log"
-    listed = array(numbers, job.resources.at_once) if numbers else None
-    return job_queue.submit(_script(job, run_dir).absolute(), log, waits_for, listed)
-
-
-def _rows(job: str, keys: Mapping[int | None, str], known: Mapping[str, str]) -> list[JobRow]:
-    """A row for each state that tasks are in."""
-    found: dict[tuple[int, str], list[int | None]] = {}
-    for task, key in keys.items():
-        found.setdefault((int(key.split("_")[0]), known.get(key, "over").lower()), []).append(task)
-    return [_row(job, tasks, number, state) for (number, state), tasks in found.items()]
-
-
-def _row(job: str, tasks: Sequence[int | None], number: int | None, state: str) -> JobRow:
-    numbers = [task for task in tasks if task is not None]
-    return JobRow(job=job, tasks=ranges(numbers), number=number, state=state)
-
-
-def _read_record(run_dir: Path) -> tuple[JobRecord, ...]:
-    path = run_dir / FOLDER / RECORD
-    if not path.exists():
-        return ()
-    try:
-        if not path.is_file():
-            raise IntegrityFailure("is no file")
-        return JobsRecord.from_json(path.read_bytes()).jobs
-    except (ValidationError, IntegrityFailure) as error:
-        why = explain(error, str(path)) if isinstance(error, ValidationError) else f"{path}: {error}"
-        raise IntegrityFailure(f"{why}: remove it when none of the run's jobs are in the queue") from error
-
-
 def job_rows(run_dir: Path) -> list[JobRow]:
     """Where the submitted jobs stand; none where there is no Slurm to ask."""
-    records = _read_record(run_dir)
+    records = read_record(run_dir)
     if not records or not shutil.which("squeue"):
         return []
     try:
@@ -291,5 +179,5 @@ def job_rows(run_dir: Path) -> list[JobRow]:
     return [
         row
         for record in records
-        for row in _rows(record.job, dict(zip(record.tasks or (None,), record.listed_as(), strict=True)), known)
+        for row in rows_of(record.job, dict(zip(record.tasks or (None,), record.listed_as(), strict=True)), known)
     ]

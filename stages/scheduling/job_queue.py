@@ -5,10 +5,11 @@
 - many sites keep no accounts, so sacct is asked only for what squeue has forgotten, and may fail
 """
 
+import getpass
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from schemas.failures import ResourceFailure, UsageFailure
@@ -19,34 +20,80 @@ OVER = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
     "REVOKED",
 }  # fmt: skip
+TOO_MANY = ("submit limit", "MaxSubmit", "SubmitJobs", "temporarily unable to accept")  # as sbatch says it
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def submit(script: Path, log: str, waits_for: Sequence[str], array: str | None) -> int:
+def submit(
+    script: Path,
+    log: str,
+    waits_for: Sequence[str],
+    array: str | None,
+    *,
+    begin: int = 0,
+    follows: int | None = None,
+) -> int:
     """Submit `script`; its log goes to `log`, a pattern of Slurm's. Returns its number.
 
-    Raises UsageFailure when sbatch refuses it.
+    begin: the task of the array whose number in Slurm is 0
+    follows: the job that must be over, however it ended
+
+    Raises UsageFailure when sbatch refuses it, and ResourceFailure when there are too many jobs already.
     """
     words = ["sbatch", "--parsable", f"--output={log}"]
-    if waits_for:
-        words.append(f"--dependency=afterok:{':'.join(waits_for)}")
+    after = [f"afterok:{':'.join(waits_for)}"] if waits_for else []
+    after += [f"afterany:{follows}"] if follows else []
+    if after:
+        words.append(f"--dependency={','.join(after)}")
     if array:
         words.append(f"--array={array}")
-    done = _call([*words, str(script)])
+    done = _call([*words, str(script), *([str(begin)] if begin else [])])
     number = done.stdout.strip().split(";")[0]  # the name of the cluster may follow
     if done.returncode or not number.isdecimal():
-        raise UsageFailure(f"sbatch refused {script}: {_last_line(done.stderr or done.stdout)}: change [slurm]")
+        why = _last_line(done.stderr or done.stdout)
+        if any(word in why for word in TOO_MANY):
+            raise ResourceFailure(f"sbatch refused {script}: {why}: when jobs have ended, give the same command again")
+        raise UsageFailure(f"sbatch refused {script}: {why}: change [slurm]")
     return int(number)
 
 
-def array_limit() -> int | None:
-    """Slurm's MaxArraySize: numbers of tasks lie below it. None where Slurm cannot be asked."""
+def array_limits() -> tuple[int, int] | None:
+    """Slurm's MaxArraySize, below which numbers of tasks lie, and how many tasks an array may have.
+
+    None where Slurm cannot be asked.
+    """
     try:
         done = _call(["scontrol", "show", "config"])
     except (UsageFailure, ResourceFailure):
         return None
-    found = re.search(r"^\s*MaxArraySize\s*=\s*(\d{1,9})\s*$", done.stdout, re.MULTILINE)
-    return int(found[1]) if found and not done.returncode else None
+    size = re.search(r"^\s*MaxArraySize\s*=\s*(\d{1,9})\s*$", done.stdout, re.MULTILINE)
+    if not size or done.returncode:
+        return None
+    tasks = re.search(r"^\s*SchedulerParameters\s*=.*\bmax_array_tasks=(\d{1,9})\b", done.stdout, re.MULTILINE)
+    return int(size[1]), int((tasks or size)[1])
+
+
+def submit_limit(accounts: Collection[str]) -> int | None:
+    """How many jobs and tasks one user may have in the queue at a time (MaxSubmitJobs); None where nothing says.
+
+    accounts: those that pay; none named: any of the user's
+    """
+    words = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}"]
+    try:
+        done = _call([*words, "format=Account,MaxSubmit"])
+    except (UsageFailure, ResourceFailure):
+        return None
+    found = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
+    limits = [int(limit) for account, limit in found if limit.isdecimal() and account in (accounts or [account])]
+    return min(limits) if limits and not done.returncode else None
+
+
+def in_queue() -> int:
+    """How many jobs and tasks this user has in the queue, of whatever run. Raises ResourceFailure."""
+    done = _call(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i"])
+    if done.returncode:
+        raise ResourceFailure(f"cannot ask Slurm for its queue: {_last_line(done.stderr)}: try again later")
+    return sum(bool(line.strip()) for line in done.stdout.splitlines())
 
 
 def cancel(keys: Iterable[str]) -> None:
@@ -75,7 +122,8 @@ def states(records: Sequence[JobRecord]) -> dict[str, str]:
 def _accounted(keys: Sequence[str], wanted: Mapping[str, str]) -> dict[str, str]:
     words = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,JobName%130"]
     try:
-        done = _call([*words, f"--jobs={','.join(keys)}"])
+        # By their arrays: a name for each task of many would be more than a command line holds.
+        done = _call([*words, f"--jobs={','.join(dict.fromkeys(key.split('_')[0] for key in keys))}"])
     except (UsageFailure, ResourceFailure):
         return {}
     return {} if done.returncode else _read(done.stdout, wanted)

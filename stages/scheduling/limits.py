@@ -1,27 +1,52 @@
-"""What Slurm cannot take, found before anything is submitted."""
+"""What Slurm cannot take, found before anything is submitted, and long arrays cut into those that it takes.
+
+- numbers of tasks lie below MaxArraySize, and a site may want fewer tasks in one array than that (max_array_tasks)
+- a part that begins further on is numbered from 0 again; its script is told where it begins, so that each task keeps
+  the number of its cluster or shard in everything a person reads
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from schemas.failures import UsageFailure
 from stages.scheduling import job_queue
-from stages.scheduling.scripts import Job
+from stages.scheduling.scripts import Job, Part
 
 
-def refuse_large_arrays(jobs: Sequence[Job], max_array: int, *, submits: bool) -> None:
-    """Raise UsageFailure for an array that sbatch would refuse when the jobs before it are in the queue already.
+class ArrayLimits(NamedTuple):
+    """What one array may hold: numbers of tasks below `size`, and so many tasks."""
 
-    max_array: tasks end below it where Slurm does not say
+    size: int
+    tasks: int
+
+
+def find_limits(jobs: Sequence[Job], max_array: int, *, submits: bool) -> ArrayLimits:
+    """The limits of this Slurm, or what follows from `max_array` where it does not say. Raises UsageFailure.
+
     submits: Slurm is there to be asked
     """
-    limit = job_queue.array_limit() if submits and any(job.tasks for job in jobs) else None
-    for job in jobs:
-        if job.tasks and max(job.tasks) >= (limit or max_array):
-            known = f"MaxArraySize = {limit}" if limit else f"[slurm] max_array = {max_array}"
-            mend = "have fewer [slurm] shards" if job.name == "tokenize-shards" else "have fewer clusters"
-            raise UsageFailure(
-                f"the array {job.name} needs a task {max(job.tasks)}, and numbers end below {known}: {mend}"
-            )
+    known = job_queue.array_limits() if submits and any(job.tasks for job in jobs) else None
+    size, tasks = known or (max_array, max_array)
+    limits = ArrayLimits(size, min(size, tasks))
+    if limits.tasks < 1:
+        raise UsageFailure(
+            f"this Slurm takes no arrays of jobs (MaxArraySize = {size}, max_array_tasks = {tasks}): "
+            "submit `cpipe run` as one job"
+        )
+    return limits
+
+
+def cut(tasks: Sequence[int], limits: ArrayLimits) -> list[Part]:
+    """The parts that Slurm takes, in order, of an array with these tasks; one where it is short enough."""
+    parts: list[tuple[int, list[int]]] = [(0, [])]
+    for task in sorted(tasks):
+        begin, found = parts[-1]
+        if task - begin < limits.size and len(found) < limits.tasks:
+            found.append(task)
+        else:
+            parts.append((task, [task]))
+    return [Part(begin, tuple(found)) for begin, found in parts if found]
 
 
 def refuse_names(jobs: Sequence[Job], program: Sequence[str], folder: Path, *, submits: bool) -> None:

@@ -4,6 +4,7 @@
 - a script is bash without cleverness: go to the folder, set up, `srun` one command that a person could type
 - where Slurm writes the log and what a job waits for are not in the script: paths may hold characters that sbatch
   reads as patterns, and numbers of jobs are known on submission only
+- the script of an array is told by its argument at which task a part of the array begins: `experts.sh 1001`
 """
 
 import re
@@ -11,6 +12,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from schemas.submit_jobs import JobResources
 
@@ -23,7 +25,19 @@ class Shell(str):
     __slots__ = ()
 
 
-TASK = Shell('"$SLURM_ARRAY_TASK_ID"')
+TASK = Shell('"$task"')
+
+
+class Part(NamedTuple):
+    """Tasks of an array that Slurm takes as one array, in which their numbers begin anew."""
+
+    begin: int  # the task whose number is 0
+    tasks: tuple[int, ...]
+
+    def array(self, at_once: int | None) -> str:
+        """As Slurm numbers them: `0-2,5%4`, and how many may run at a time."""
+        text = ranges([task - self.begin for task in self.tasks])
+        return f"{text}%{at_once}" if at_once else text
 
 
 @dataclass(frozen=True)
@@ -44,12 +58,23 @@ class Job:
         return " ".join(word if isinstance(word, Shell) else shlex.quote(word) for word in words)
 
 
-def render(job: Job, name: str, program: Sequence[str], folder: Path, warn_seconds: int, requeues: int) -> str:
-    """The script of `job`, called `name` in Slurm, run in `folder`."""
+def render(
+    job: Job,
+    name: str,
+    program: Sequence[str],
+    folder: Path,
+    parts: Sequence[Part],
+    *,
+    warn_seconds: int,
+    requeues: int,
+) -> str:
+    """The script of `job`, called `name` in Slurm, run in `folder`; of an array with the parts that Slurm takes."""
     lines = ["#!/bin/bash"]
-    lines += [f"#SBATCH {option}" for option in _options(job, name, warn_seconds)]
+    lines += [f"#SBATCH {option}" for option in _options(job, name, parts, warn_seconds)]
     lines += ["", "# Written anew by every `cpipe slurm`: change [slurm] in cpipe.toml, not this."]
+    lines += _by_hand(job, parts) if len(parts) > 1 else []
     lines += [f"cd -- {shlex.quote(str(folder))} || exit", ""]
+    lines += ["task=$((SLURM_ARRAY_TASK_ID + ${1:-0}))"] if job.tasks else []
     # Libraries would take all cores of the node, where Slurm does not bind processes to theirs.
     lines += ['export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"', *(job.resources.setup or ()), ""]
     lines += [f"{_srun(job)} {job.command(program, force=job.force)}"]
@@ -57,11 +82,17 @@ def render(job: Job, name: str, program: Sequence[str], folder: Path, warn_secon
     return "\n".join(lines) + "\n"
 
 
-def _options(job: Job, name: str, warn_seconds: int) -> Iterator[str]:
+def _by_hand(job: Job, parts: Sequence[Part]) -> list[str]:
+    """How the whole of an array is submitted that Slurm takes in parts only."""
+    lines = [f"#   sbatch --array={part.array(job.resources.at_once)} {job.name}.sh {part.begin}" for part in parts]
+    return ["# Slurm takes no array as long as this one, so that it is submitted in parts:", *lines]
+
+
+def _options(job: Job, name: str, parts: Sequence[Part], warn_seconds: int) -> Iterator[str]:
     given = job.resources
     yield f"--job-name={name}"
-    if job.tasks:
-        yield f"--array={array(job.tasks, given.at_once)}"
+    if parts:
+        yield f"--array={parts[0].array(given.at_once)}"
     for option, value in (
         ("partition", given.partition),
         ("account", given.account),
@@ -110,12 +141,6 @@ def _requeue(job: Job, requeues: int) -> list[str]:
         "fi",
         "exit $code",
     ]
-
-
-def array(tasks: Sequence[int], at_once: int | None) -> str:
-    """`0-2,5%4`: the tasks of an array, and how many may run at a time."""
-    text = ranges(tasks)
-    return f"{text}%{at_once}" if at_once else text
 
 
 def ranges(numbers: Sequence[int]) -> str:

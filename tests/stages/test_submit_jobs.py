@@ -51,7 +51,7 @@ class FakeSlurm:
 
     def __init__(self, folder):
         self.folder = folder
-        for name in ("sbatch", "squeue", "scancel", "sacct", "srun", "scontrol"):
+        for name in ("sbatch", "squeue", "scancel", "sacct", "sacctmgr", "srun", "scontrol"):
             (folder / name).write_text(COMMAND.format(python=sys.executable))
             (folder / name).chmod(0o755)
 
@@ -70,11 +70,22 @@ class FakeSlurm:
 
     def submitted(self, since=0):
         """By job: its number, what it waits for, its tasks."""
-        found = {}
-        for number, (words, _) in list(enumerate(self.calls("sbatch"), 101))[since:]:
-            options = dict(word.removeprefix("--").split("=", 1) for word in words[:-1] if "=" in word)
+        return {job: (number, waits, array) for job, number, waits, array, _ in self._submitted()[since:]}
+
+    def parts(self, job):
+        """Of one job, each array that was submitted: number, what it waits for, tasks, where it begins."""
+        return [tuple(rest) for name, *rest in self._submitted() if name == job]
+
+    def _submitted(self):
+        found = []
+        for number, (words, _) in enumerate(self.calls("sbatch"), 101):
+            begin = None if words[-1].endswith(".sh") else words[-1]
+            script = words[-1] if begin is None else words[-2]
+            options = dict(
+                word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word
+            )
             waits = options.get("dependency", "").removeprefix("afterok:")
-            found[Path(words[-1]).stem] = (number, [w for w in waits.split(":") if w], options.get("array"))
+            found.append((Path(script).stem, number, [w for w in waits.split(":") if w], options.get("array"), begin))
         return found
 
 
@@ -83,7 +94,7 @@ def recorded(run_dir):
 
 
 def keys(record):
-    return [f"{record['number']}_{task}" for task in record["tasks"]] or [str(record["number"])]
+    return [f"{record['number']}_{task - record['begin']}" for task in record["tasks"]] or [str(record["number"])]
 
 
 def states(rows):
@@ -441,41 +452,100 @@ def test_inside_a_job_its_variables_are_not_handed_on(slurm, config, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("settings", "said", "told"),
+    ("settings", "said", "job", "arrays"),
     [
-        ({"slurm": "shards = 1001"}, "", "tokenize-shards needs a task 1001, and numbers end below [slurm] max_array"),
+        ("shards = 1002", "", "tokenize-shards", {("1-1000", None), ("0-1", "1001")}),
+        ("shards = 4", "MaxArraySize = 4", "tokenize-shards", {("1-3", None), ("0", "4")}),
+        ("", "MaxArraySize = 2", "experts", {("0-1", None), ("0", "2")}),
+        ("max_array = 2", "", "experts", {("0-1", None), ("0", "2")}),
+        ("max_array = 2", "MaxArraySize = 5", "experts", {("0-2", None)}),
         (
-            {"clusters": 1002},
             "",
-            "the array experts needs a task 1001, and numbers end below [slurm] max_array = 1001:",
+            "MaxArraySize = 9\nSchedulerParameters = max_array_tasks=1",
+            "gates",
+            {("0", None), ("0", "1"), ("0", "2")},
         ),
-        ({"slurm": "shards = 4"}, "MaxArraySize = 4", "below MaxArraySize = 4: have fewer [slurm] shards"),
-        ({"slurm": "max_array = 2"}, "", "the array experts needs a task 2"),
-        ({}, "MaxArraySize = 2", "numbers end below MaxArraySize = 2: have fewer clusters"),
     ],
 )
-def test_an_array_larger_than_slurm_takes_is_refused_before_anything_is_submitted(
-    slurm, config, tmp_path, settings, said, told
-):
+def test_an_array_longer_than_slurm_takes_is_submitted_in_parts(slurm, config, tmp_path, settings, said, job, arrays):
+    run_dir = tmp_path / "run"
     slurm.says("scontrol", said)
-    with pytest.raises(UsageFailure) as failed:
-        run(config(**settings), tmp_path / "run")
-    assert told in str(failed.value) and "\n" not in str(failed.value)
-    assert not slurm.calls("sbatch") and not list((tmp_path / "run").glob("slurm/*.sh"))
+    rows = run(config(slurm=settings), run_dir)
+    parts = slurm.parts(job)
+    assert {(array, begin) for _, _, array, begin in parts} == arrays
+    after = slurm.submitted()[{"tokenize-shards": "tokenize", "experts": "train-experts", "gates": "train-gates"}[job]][
+        1
+    ]
+    assert {str(number) for number, *_ in parts} <= set(after)
+    assert len({tuple(waits) for _, waits, _, _ in parts}) == 1
+    assert [row.number for row in rows if row.job == job] == [number for number, *_ in parts]
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"slurm": "shards = 1000"}, ""),
-        ({"clusters": 1001}, ""),
-        ({"slurm": "shards = 4\nmax_array = 2"}, "MaxArraySize = 5"),
-    ],
-)
-def test_the_largest_array_that_slurm_takes_is_submitted(slurm, config, tmp_path, settings, said):
-    slurm.says("scontrol", said)
-    run(config(until="train-experts", **settings), tmp_path / "run")
-    assert slurm.submitted()["experts"][2] == f"0-{settings.get('clusters', 3) - 1}"
+def test_parts_are_one_job_to_whoever_asks_and_are_found_in_the_queue(slurm, config, expert_run, copied_run):
+    run_dir = copied_run(expert_run)
+    (run_dir / "experts/manifest.json").unlink()
+    for expert in range(3):
+        (run_dir / f"experts/00{expert}/manifest.json").unlink()
+    slurm.says("scontrol", "MaxArraySize = 2")
+    asked = config(until="train-experts")
+    rows = run(asked, run_dir)
+    assert [(row.job, row.tasks, row.number) for row in rows[3:]] == [
+        ("experts", "0-1", 101), ("experts", "2", 102), ("dense", "", None), ("train-experts", "", 103),
+    ]  # fmt: skip
+    assert slurm.submitted()["train-experts"][1] == ["101", "102"]
+    slurm.queue(run_dir, _101_0="COMPLETED", _101_1="RUNNING", _102_0="PENDING", _103="PENDING")
+    assert [(row.tasks, row.state) for row in job_rows(run_dir) if row.job == "experts"] == [
+        ("0", "completed"), ("1", "running"), ("2", "pending"),
+    ]  # fmt: skip
+    (run_dir / "experts/000/manifest.json").write_bytes((expert_run / "experts/000/manifest.json").read_bytes())
+    run(asked, run_dir)
+    slurm.says("scontrol", "MaxArraySize = 1001")  # a change of the limit changes nothing for what waits already
+    run(asked, run_dir)
+    assert len(slurm.calls("sbatch")) == 3 and not slurm.calls("scancel")
+    slurm.queue(run_dir, _101_0="COMPLETED", _101_1="FAILED", _102_0="RUNNING", _103="PENDING")
+    run(asked, run_dir)
+    assert slurm.parts("experts")[2:] == [(104, [], "1", None)]
+    assert slurm.submitted(since=4)["train-experts"][1] == ["102", "104"]
+    assert [(one["number"], one["tasks"], one["begin"]) for one in recorded(run_dir) if one["job"] == "experts"] == [
+        (102, [2], 2), (104, [1], 0),
+    ]  # fmt: skip
+
+
+def test_parts_of_an_array_that_must_not_run_all_at_once_run_one_after_the_other(slurm, config, tmp_path):
+    slurm.says("scontrol", "MaxArraySize = 2")
+    run(config(until="train-experts", slurm="[train-experts]\nat_once = 1"), tmp_path / "run")
+    first, second = (words for words, _ in slurm.calls("sbatch") if "/experts.sh" in "".join(words))
+    assert "--array=0-1%1" in first and "--array=0%1" in second
+    assert "--dependency=afterok:102:103" in first and "--dependency=afterok:102:103,afterany:104" in second
+
+
+def test_where_slurm_takes_so_many_jobs_no_more_are_submitted_and_later_the_rest(slurm, config, expert_run, copied_run):
+    run_dir = copied_run(expert_run)
+    slurm.says("sacctmgr", "lab|4\n")
+    slurm.says("squeue", "7|RUNNING|not ours\n")
+    asked = config(until="train-gates")
+    (run_dir / "experts/manifest.json").unlink()
+    for expert in range(3):
+        (run_dir / f"experts/00{expert}/manifest.json").unlink()
+    rows = run(asked, run_dir)
+    assert [(row.job, row.tasks, row.state) for row in rows[3:]] == [
+        ("experts", "0-2", "submitted"), ("dense", "", "finished"), ("train-experts", "", "to submit"),
+        ("gates", "0-2", "to submit"), ("train-gates", "", "to submit"),
+    ]  # fmt: skip
+    assert [word for words, _ in slurm.calls("sbatch") for word in words if "array" in word] == ["--array=0-2"]
+    slurm.queue(run_dir, _101_2="RUNNING")
+    for expert in (0, 1):
+        path = f"experts/00{expert}/manifest.json"
+        (run_dir / path).write_bytes((expert_run / path).read_bytes())
+    rows = run(asked, run_dir)
+    assert [(row.job, row.tasks, row.state) for row in rows[3:]] == [
+        ("experts", "2", "running"), ("dense", "", "finished"), ("train-experts", "", "submitted"),
+        ("gates", "0-1", "submitted"), ("gates", "2", "to submit"), ("train-gates", "", "to submit"),
+    ]  # fmt: skip
+    assert slurm.submitted(since=1)["train-experts"] == (102, ["101_2"], None)
+    slurm.says("squeue", "7|RUNNING|x\n" * 9)
+    rows = run(asked, run_dir)
+    assert {row.state for row in rows} == {"finished", "to submit"} and len(slurm.calls("sbatch")) == 3
 
 
 HOSTILE = [

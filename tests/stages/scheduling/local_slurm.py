@@ -62,7 +62,9 @@ class NoSlurmError(Exception):
 class LocalSlurm:
     """Its daemons, from `start` to `stop`; `environment` is what its commands need."""
 
-    def __init__(self):
+    def __init__(self, settings=""):
+        """`settings`: more lines of slurm.conf."""
+        self._settings = settings
         self.base = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.base.chmod(0o755)  # munge wants others to reach its socket
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.base / "slurm.conf")}
@@ -98,7 +100,7 @@ class LocalSlurm:
             one.close()
         user, host = pwd.getpwuid(os.getuid()).pw_name, socket.gethostname().split(".")[0]
         text = CONFIG.format(base=self.base, ports=ports, user=user, host=host)
-        (self.base / "slurm.conf").write_text(text)
+        (self.base / "slurm.conf").write_text(f"{text}{self._settings}\n")
         # Named, the plugin does not look for cgroups, which containers lack.
         (self.base / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (self.base / "munge.key").write_bytes(secrets.token_bytes(1024))

@@ -19,8 +19,8 @@ def command(tmp_path, monkeypatch):
     return make
 
 
-def record(number, *tasks, name="n"):
-    return JobRecord(job="x", number=number, name=name, tasks=tasks, command="c", submitted="now")
+def record(number, *tasks, name="n", begin=0):
+    return JobRecord(job="x", number=number, name=name, tasks=tasks, begin=begin, command="c", submitted="now")
 
 
 @pytest.mark.parametrize("reply", ["17", "17;cluster"])
@@ -30,6 +30,29 @@ def test_the_number_of_a_job_is_what_sbatch_says(command, tmp_path, reply):
     assert (tmp_path / "words").read_text().splitlines() == [
         "--parsable", "--output=log-%j", "--dependency=afterok:3:4_1", "--array=0-2%1", str(tmp_path / "a b.sh"),
     ]  # fmt: skip
+
+
+def test_a_part_of_an_array_says_where_it_begins_and_what_must_be_over(command, tmp_path):
+    command("sbatch", f'echo 17; printf "%s\\n" "$@" > {tmp_path}/words')
+    job_queue.submit(tmp_path / "a.sh", "log", ["3"], "0-2", begin=1001, follows=16)
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words[2:] == ["--dependency=afterok:3,afterany:16", "--array=0-2", str(tmp_path / "a.sh"), "1001"]
+    job_queue.submit(tmp_path / "a.sh", "log", [], "0-2", follows=16)
+    assert "--dependency=afterany:16" in (tmp_path / "words").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+        "AssocMaxSubmitJobLimit",
+        "Batch job submission failed: Slurm temporarily unable to accept job, sleeping and retrying",
+    ],
+)
+def test_too_many_jobs_are_told_as_that(command, tmp_path, told):
+    command("sbatch", f'echo "sbatch: error: {told}" >&2; exit 1')
+    with pytest.raises(ResourceFailure, match=r"sbatch refused .*: when jobs have ended, give the same command again$"):
+        job_queue.submit(tmp_path / "a.sh", "log", [], None)
 
 
 @pytest.mark.parametrize("line", ["echo bad partition. >&2; exit 1", "echo what; echo bad partition.", "exit 3"])
@@ -42,24 +65,71 @@ def test_a_job_that_is_refused_is_one_line(command, tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    ("line", "limit"),
+    ("line", "limits"),
     [
-        ("echo 'MaxArraySize            = 1001'", 1001),
-        ("printf 'Configuration data\\nMaxArraySize = 5\\nMaxDBDMsgs = 20\\n'", 5),
+        ("echo 'MaxArraySize            = 1001'", (1001, 1001)),
+        ("printf 'Configuration data\\nMaxArraySize = 5\\nMaxDBDMsgs = 20\\n'", (5, 5)),
+        ("printf 'MaxArraySize = 100001\\nSchedulerParameters = a=1,max_array_tasks=1000,b\\n'", (100001, 1000)),
+        ("printf 'MaxArraySize = 9\\nSchedulerParameters     = (null)\\n'", (9, 9)),
         ("echo 'NotMaxArraySize = 7'", None),
         ("echo 'MaxArraySize = many'", None),
         ("echo 'MaxArraySize = 9'; exit 1", None),
         ("exec sleep 20", None),
     ],
 )
-def test_the_limit_of_arrays_is_what_scontrol_says(command, monkeypatch, line, limit):
+def test_the_limits_of_arrays_are_what_scontrol_says(command, monkeypatch, line, limits):
     command("scontrol", line)
     monkeypatch.setattr(job_queue, "PATIENCE", 0.3 if "sleep" in line else 30)
-    assert job_queue.array_limit() == limit
+    assert job_queue.array_limits() == limits
 
 
 def test_without_scontrol_no_limit_is_known(command):
-    assert job_queue.array_limit() is None
+    assert job_queue.array_limits() is None
+
+
+@pytest.mark.parametrize(
+    ("line", "accounts", "limit"),
+    [
+        ("echo 'lab|500'", set(), 500),
+        ("printf 'lab|500\\nother|20\\n'", set(), 20),
+        ("printf 'lab|500\\nother|20\\n'", {"lab"}, 500),
+        ("printf 'lab|\\nother|20\\n'", {"lab"}, None),
+        ("echo 'lab|'", set(), None),
+        ("echo 'lab|500'; exit 1", set(), None),
+        ("echo 'You are not running a supported accounting_storage plugin'", set(), None),
+        ("exec sleep 20", set(), None),
+    ],
+)
+def test_how_many_jobs_one_may_have_is_what_the_accounts_say(command, monkeypatch, line, accounts, limit):
+    command("sacctmgr", line)
+    monkeypatch.setattr(job_queue, "PATIENCE", 0.3 if "sleep" in line else 30)
+    assert job_queue.submit_limit(accounts) == limit
+
+
+def test_without_accounts_nothing_says_how_many_jobs_one_may_have(command):
+    assert job_queue.submit_limit(set()) is None
+
+
+def test_tasks_in_the_queue_are_counted(command):
+    command("squeue", "printf '5\\n6_0\\n6_1\\n'")
+    assert job_queue.in_queue() == 3
+    command("squeue", "echo no controller >&2; exit 1")
+    with pytest.raises(ResourceFailure, match="cannot ask Slurm for its queue: no controller: try again later"):
+        job_queue.in_queue()
+
+
+def test_a_part_of_an_array_is_found_by_the_numbers_that_slurm_gave_it(command):
+    command("squeue", "echo '6_0|RUNNING|n'; echo '6_4|PENDING|n'")
+    assert record(6, 1001, 1005, begin=1001).listed_as() == ("6_0", "6_4")
+    assert job_queue.states([record(6, 1001, 1005, begin=1001)]) == {"6_0": "RUNNING", "6_4": "PENDING"}
+
+
+def test_accounts_are_asked_for_whole_arrays(command, tmp_path):
+    command("squeue", "exit 0")
+    command("sacct", f"printf '%s\\n' \"$@\" > {tmp_path}/words; printf '6_0|COMPLETED|n\\n6_40000|FAILED|n\\n'")
+    found = job_queue.states([record(5), record(6, *range(40001))])
+    assert found == {"6_0": "COMPLETED", "6_40000": "FAILED"}
+    assert "--jobs=5,6" in (tmp_path / "words").read_text().splitlines()
 
 
 def test_states_are_found_by_number_task_and_name(command):

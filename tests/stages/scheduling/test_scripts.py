@@ -3,13 +3,15 @@ import subprocess
 import pytest
 
 from schemas.submit_jobs import JobResources
-from stages.scheduling.scripts import TASK, Job, array, job_name, ranges, render
+from stages.scheduling.scripts import TASK, Job, Part, job_name, ranges, render
 
 
 def script(tmp_path, *, warn_seconds=60, requeues=3, words=("train-seed", "runs/a"), **changes):
     resources = JobResources(**changes.pop("resources", {}))
+    parts = changes.pop("parts", None)
     job = Job("train-seed", words, resources, **{"trains": True, **changes})
-    return render(job, "name", ("cpipe",), tmp_path, warn_seconds, requeues)
+    parts = parts or ([Part(0, job.tasks)] if job.tasks else [])
+    return render(job, "name", ("cpipe",), tmp_path, parts, warn_seconds=warn_seconds, requeues=requeues)
 
 
 def options(text):
@@ -71,8 +73,24 @@ def test_an_array_has_its_tasks_and_hands_on_its_number(tmp_path):
         tmp_path, words=("x", "--expert", TASK), tasks=(0, 1, 2, 5), resources={"at_once": 2}, force=True
     )  # fmt: skip
     assert "--array=0-2,5%2" in options(text)
-    assert command(text) == 'srun cpipe x --expert "$SLURM_ARRAY_TASK_ID" --force'
+    assert command(text) == 'srun cpipe x --expert "$task" --force'
     assert 'scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in text
+
+
+def test_an_array_in_parts_says_how_it_is_submitted_and_each_part_where_it_begins(tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    parts = [Part(0, (0, 1, 2)), Part(3, (3, 4, 6))]
+    text = script(tmp_path, words=("x", "--expert", TASK), tasks=(0, 1, 2, 3, 4, 6), parts=parts, requeues=0)
+    assert "--array=0-2" in options(text)
+    by_hand = [line.removeprefix("#   sbatch ") for line in text.splitlines() if line.startswith("#   sbatch ")]
+    assert by_hand == ["--array=0-2 train-seed.sh 0", "--array=0-1,3 train-seed.sh 3"]
+    (tmp_path / "job.sh").write_text(text)
+    for begins, number, task in (((), 2, 2), (("0",), 1, 1), (("3",), 3, 6)):
+        variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": str(number)}
+        words = ["bash", str(tmp_path / "job.sh"), *begins]
+        done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=30, check=True)
+        assert done.stdout == f"cpipe x --expert {task}\n"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +127,8 @@ def test_no_requeue_where_none_is_wanted(tmp_path):
 )
 def test_numbers_in_short(numbers, text):
     assert ranges(numbers) == text
-    assert array(numbers, 4) == f"{text}%4"
+    assert Part(0, tuple(numbers)).array(4) == f"{text}%4"
+    assert Part(0, tuple(numbers)).array(None) == text
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,9 @@ at_once = 2
 LONG = SETTINGS.replace("[train-experts]\nsteps = 3", "[train-experts]\ncheckpoint_every = 50\nsteps = 3000")
 
 
-@pytest.fixture(scope="module")
-def slurm():
-    one = LocalSlurm()
+@contextmanager
+def started(settings=""):
+    one = LocalSlurm(settings)
     try:
         one.start()
     except NoSlurmError as error:
@@ -53,8 +54,13 @@ def slurm():
 
 
 @pytest.fixture(scope="module")
-def cpipe(slurm):
-    """A command in a process of its own, from the folder of its run; what it prints as JSON."""
+def slurm():
+    with started() as one:
+        yield one
+
+
+def commands(slurm):
+    """Calls a command in a process of its own, from the folder of its run; what it prints as JSON."""
 
     def call(run_dir, command, *words):
         line = [sys.executable, "-m", "cpipe", command, run_dir.name, *words, "--json"]
@@ -63,6 +69,11 @@ def cpipe(slurm):
         return json.loads(done.stdout)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def cpipe(slurm):
+    return commands(slurm)
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +197,24 @@ def test_what_was_killed_or_cancelled_is_submitted_again_and_nothing_else(slurm,
     slurm.wait()
     assert (run_dir / "experts/manifest.json").is_file(), logs(run_dir)
     assert digests(run_dir, "seed") == seed
+
+
+def test_arrays_longer_than_this_slurm_takes_run_in_parts(tiny_corpus, tmp_path):
+    """A Slurm of its own, whose arrays have two tasks: three shards and three experts are two arrays each."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "cpipe.toml").write_text(tiny_settings.SETTINGS + "[slurm]\nshards = 3\ncpus = 1\n")
+    with started("MaxArraySize=2") as slurm:
+        cpipe = commands(slurm)
+        rows = cpipe(run_dir, "slurm", str(tiny_corpus), "--until", "train-experts", "--submit")
+        parts = {job: [row["tasks"] for row in rows if row["job"] == job] for job in ("tokenize-shards", "experts")}
+        assert parts == {"tokenize-shards": ["1", "2-3"], "experts": ["0-1", "2"]}
+        slurm.wait()
+        assert set(slurm.jobs().values()) == {"COMPLETED"}, logs(run_dir)
+        found = [(row["job"], row["tasks"], row["state"]) for row in cpipe(run_dir, "status")["jobs"]]
+        assert ("experts", "2", "completed") in found and ("tokenize-shards", "2-3", "completed") in found
+        number = next(row["number"] for row in rows if row["tasks"] == "2")
+        assert (run_dir / f"slurm/logs/experts-{number}_2+0.log").is_file()
+    assert (run_dir / "experts/manifest.json").is_file()
+    # Made by its own task, and not by the one that joins them.
+    assert "experts/002" in (run_dir / f"slurm/logs/experts-{number}_2+0.log").read_text()
