@@ -15,9 +15,10 @@ from schemas.failures import IntegrityFailure
 from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, Environment, Manifest
 from schemas.progress import state_of
-from schemas.run_manifests import read_manifest
+from schemas.run_manifests import manifest_folders, read_manifest
 from schemas.strict import Strict
 from schemas.submit_jobs import JobRow
+from schemas.train_experts import AddedManifest
 from schemas.verify_run import CheckedFolder
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def run_state(run_dir: Path, stages: Iterable[tuple[str, type[Manifest]]]) -> li
         path = run_dir / kind.folder / FILE_NAME
         if path.is_file():
             manifest = kind.parse(path)  # a seed may have been imported
-            found.append(_finished(manifest.command, path, manifest.environment))
+            found.append(_finished(manifest.command, run_dir, kind.folder, manifest.environment))
         else:
             found.append({"stage": command, "folder": kind.folder, "state": state_of(run_dir, kind.folder)})
     return [*found, *_other_folders(run_dir, {entry["folder"] for entry in found})]
@@ -137,26 +138,38 @@ def _print_jobs(jobs: Sequence[JobRow]) -> None:
     OUT.print(table)
 
 
-def _finished(command: str, path: Path, environment: Environment) -> dict[str, Any]:
+def _finished(command: str, run_dir: Path, folder: str, environment: Environment) -> dict[str, Any]:
     """Of a stage that holds others together, the seconds of them all."""
-    seconds = environment.seconds
-    for member in path.parent.glob(f"*/{FILE_NAME}"):
-        seconds += read_manifest(path.parent, member.parent.name).environment.seconds
+    place = run_dir / folder
+    seconds = environment.seconds + sum(
+        read_manifest(place, member).environment.seconds for member in manifest_folders(place)
+    )
     times = {"started": environment.started, "seconds": round(seconds, 3)}
-    return {"stage": command, "folder": path.parent.name, "state": "finished", **times}
+    return {"stage": command, "folder": folder, "state": "finished", **times}
 
 
 def _other_folders(run_dir: Path, known: set[str]) -> Iterator[dict[str, Any]]:
-    """What stages wrote beside their own folder: the dense baseline, further compositions."""
-    for path in sorted(run_dir.glob(f"*/{FILE_NAME}")):
-        if path.parent.name in known:
+    """What stages wrote beside their own folder: the dense baseline, further compositions, domains added later."""
+    for folder in manifest_folders(run_dir):
+        # What lies deeper belongs to the folder around it, but for domains: nothing holds them together.
+        if folder in known or (folder.count("/") and Path(folder).parent.as_posix() != AddedManifest.folder):
             continue
+        path = run_dir / folder / FILE_NAME
         try:
             content = json.loads(path.read_bytes())
             environment = Environment.from_mapping(content["environment"])
-            yield _finished(content["schema"].removeprefix("cpipe.").split("/")[0], path, environment)
+            yield _finished(content["schema"].removeprefix("cpipe.").split("/")[0], run_dir, folder, environment)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityFailure(f"{path} is no manifest of cpipe: remove it, or rerun its stage") from error
+    yield from _begun_beside(run_dir)
+
+
+def _begun_beside(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """What was begun beside the stages' own folders and is not finished: the dense baseline, domains."""
+    places = [run_dir / "dense", *run_dir.glob(f"{AddedManifest.folder}/*/")]
+    for folder in (place.relative_to(run_dir).as_posix() for place in sorted(places)):
+        if (state := state_of(run_dir, folder)).startswith("begun"):
+            yield {"stage": AddedManifest.command, "folder": folder, "state": state}
 
 
 def show_plan(plan: "Plan", *, as_json: bool) -> None:

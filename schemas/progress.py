@@ -16,7 +16,7 @@ from schemas.evaluate_models import EvaluateManifest
 from schemas.import_model import ImportManifest
 from schemas.manifest import FILE_NAME, Manifest
 from schemas.report_run import DERIVED
-from schemas.run_manifests import FROM_OUTSIDE, read_manifest
+from schemas.run_manifests import FROM_OUTSIDE, manifest_folders, read_manifest
 from schemas.strict import Config
 from schemas.tokenize_text import TokenizeConfig, TokenizeManifest
 from schemas.train_experts import AddedManifest, ExpertsConfig, ExpertsManifest
@@ -70,7 +70,7 @@ def state_of(run_dir: Path, folder: str) -> str:
     place = run_dir / folder
     if is_finished(run_dir, folder):
         return "finished"
-    if members := len(list(place.glob(f"*/{FILE_NAME}"))):
+    if members := len(manifest_folders(place)):  # also of gates, which lie deeper: gates/independent/003
         return f"begun ({members} members finished)"
     begun = place.is_dir() and any(path.name not in DERIVED for path in place.iterdir())
     return "begun" if begun else "not finished"

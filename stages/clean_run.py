@@ -19,8 +19,10 @@ from schemas.clean_run import CleanConfig, Removed
 from schemas.cluster_documents import ClusterManifest
 from schemas.failures import LockedFailure
 from schemas.manifest import FILE_NAME
+from schemas.run_manifests import manifest_folders
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertsManifest
+from schemas.train_gates import GatesManifest
 from stages.artifacts.added_domains import begun_domains
 from stages.artifacts.locks import FOLDER, holder, take
 from stages.artifacts.stage_folder import CLAIM_NAME
@@ -96,22 +98,32 @@ def _why_set_aside(run_dir: Path, name: str) -> str | None:
     if not (name.startswith(".") and name.endswith(".replaced")):
         return None
     stage = name[1:].removesuffix(".replaced")
-    new = (run_dir / stage, run_dir / stage.replace("-", "/", 1))  # experts-003 is experts/003
-    finished = any((folder / FILE_NAME).is_file() for folder in new)
+    # experts-003 is experts/003, and gates-module-joint gates/module-joint
+    finished = stage in {folder.replace("/", "-") for folder in manifest_folders(run_dir)}
     return "set aside by a forced start, which has finished" if finished else None
 
 
 def _orphans(run_dir: Path) -> Iterator[Find]:
-    """Experts of an earlier clustering, beyond those that the experts trained since are."""
+    """Experts of an earlier clustering, beyond those that the experts trained since are, and gates of such experts."""
     if not all((run_dir / kind.folder / FILE_NAME).is_file() for kind in (ClusterManifest, ExpertsManifest)):
         return
     clusters = ClusterManifest.read(run_dir)
-    experts = ExpertsManifest.read(run_dir)
-    if experts.metrics.experts != clusters.config.clusters + len(begun_domains(run_dir)):
+    count = ExpertsManifest.read(run_dir).metrics.experts
+    if count != clusters.config.clusters + len(begun_domains(run_dir)):
         return
     for path in sorted((run_dir / ExpertsManifest.folder).iterdir()):
-        if path.name.isdecimal() and int(path.name) >= experts.metrics.experts and path.is_dir():
-            yield path, f"expert of an earlier clustering; there are {experts.metrics.experts} now"
+        if _is_beyond(path, count):
+            yield path, f"expert of an earlier clustering; there are {count} now"
+    gates = run_dir / GatesManifest.folder
+    if (gates / FILE_NAME).is_file() and GatesManifest.read(run_dir).metrics.experts == count:
+        for path in sorted(gates.glob("*/*")):
+            if _is_beyond(path, count):
+                yield path, f"gates of an expert of an earlier clustering; there are {count} experts now"
+
+
+def _is_beyond(path: Path, count: int) -> bool:
+    """Whether it is the folder of an expert whose number is not below `count`."""
+    return path.name.isdecimal() and int(path.name) >= count and path.is_dir()
 
 
 def _caches(run_dir: Path) -> Iterator[Find]:

@@ -30,7 +30,18 @@ from stages.reporting.page import duration, picture, render
 Manifests = dict[str, Manifest]
 TAIL = 1 << 16  # bytes read of what a training wrote; a sample has a few hundred
 SHOWN = 3  # samples of each training
-ORDER = ("corpus", "tokens", "clusters", "clusters-sweep", "seed", "dense", "experts", "gates", "central-alone")
+ORDER = (
+    "corpus",
+    "tokens",
+    "clusters",
+    "clusters-sweep",
+    "added",
+    "seed",
+    "dense",
+    "experts",
+    "gates",
+    "central-alone",
+)
 
 
 def stream(config: ReportConfig, run_dir: Path) -> Iterator[FileRef]:

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 
 import pytest
 
@@ -63,6 +64,76 @@ def test_report_says_where_it_is_and_keeps_its_samples(cpipe, piped_run, copied_
     assert (run_dir / "reports/report.html").read_bytes() == first
     assert cpipe("verify", run_dir).exit_code == 0
     assert cpipe("status", run_dir).exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def added_run(cpipe, piped_run, tmp_path_factory):
+    """`piped_run` with an expert added later, for the domain `med-icine`. Read-only: copy it before writing."""
+    folder = tmp_path_factory.mktemp("added")
+    rows = [{"id": str(number), "text": "fever dose pulse nurse ward " * 12} for number in range(9)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_dir = shutil.copytree(piped_run, folder / "run")
+    result = cpipe("train-experts", run_dir, folder / "text.jsonl", "--add", "med-icine")
+    assert result.exit_code == 0, result.stderr
+    return run_dir
+
+
+def test_status_lists_what_was_added_later(cpipe, added_run, copied_run):
+    entries = {each["folder"]: each for each in json.loads(cpipe("status", added_run, "--json").stdout)["stages"]}
+    assert entries["added/med-icine"]["state"] == "finished" and entries["added/med-icine"]["stage"] == "train-experts"
+    assert not any(folder.startswith(("experts/", "gates/")) for folder in entries)
+    assert "added/med-icine" in cpipe("status", added_run).stdout
+    told = cpipe("status", added_run, "--watch").stdout.splitlines()
+    assert sum(line.endswith("train-experts added/med-icine: finished") for line in told) == 1
+    run_dir = copied_run(added_run)
+    (run_dir / "added/med-icine/manifest.json").unlink()
+    states = {each["folder"]: each["state"] for each in json.loads(cpipe("status", run_dir, "--json").stdout)["stages"]}
+    assert states["added/med-icine"] == "begun"
+
+
+def test_the_seconds_of_gates_are_those_of_each_experts_too(cpipe, piped_run):
+    entries = {each["folder"]: each for each in json.loads(cpipe("status", piped_run, "--json").stdout)["stages"]}
+    paths = [*piped_run.glob("gates/**/manifest.json")]
+    seconds = [json.loads(path.read_bytes())["environment"]["seconds"] for path in paths]
+    assert len(seconds) == 6 and entries["gates"]["seconds"] == pytest.approx(sum(seconds), abs=0.01)
+
+
+def test_verify_looks_at_what_was_added_later(cpipe, added_run, copied_run):
+    run_dir = copied_run(added_run)
+    found = json.loads(cpipe("verify", run_dir, "--json").stdout)
+    assert "added/med-icine" in [each["folder"] for each in found["folders"]]
+    # The gates were made from the experts there were.
+    assert {each["fault"] for each in found["problems"]} == {"stale"}
+    assert not any(each["path"].startswith(("added", "experts")) for each in found["problems"])
+    path = run_dir / "added/med-icine/centroid.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    found = json.loads(cpipe("verify", run_dir, "--json").stdout)
+    assert ("added/med-icine/centroid.safetensors", "changed") in {
+        (each["path"], each["fault"]) for each in found["problems"]
+    }
+
+
+def test_the_report_shows_what_was_added_later(cpipe, added_run, copied_run):
+    run_dir = copied_run(added_run)
+    assert cpipe("report", run_dir).exit_code == 0
+    page = (run_dir / "reports/report.html").read_text()
+    assert "added/med-icine" in page and "added/med-icine was made from another" not in page
+
+
+def test_clean_knows_what_was_added_later(cpipe, added_run, copied_run):
+    run_dir = copied_run(added_run)
+    (run_dir / "added/med-icine/parts").mkdir()
+    (run_dir / "added/med-icine/parts/00000.arrow").write_bytes(b"x" * 7)
+    for name in (".added-med-icine.replaced", ".gates-independent-001.replaced", ".gates-module-joint.replaced"):
+        (run_dir / name).mkdir()
+        (run_dir / name / "a").write_bytes(b"x")
+    removed = {each["path"]: each["bytes"] for each in json.loads(cpipe("clean", run_dir, "--json").stdout)["removed"]}
+    removed.pop(".survey.json", None)
+    assert removed == {
+        "added/med-icine/parts": 7, ".added-med-icine.replaced": 1, ".gates-independent-001.replaced": 1,
+    }  # fmt: skip
+    assert (run_dir / ".gates-module-joint.replaced").is_dir()  # its new one is not there
+    assert (run_dir / "experts/003/manifest.json").is_file()
 
 
 def test_a_report_of_nothing_is_one_line(cpipe, tmp_path, line):

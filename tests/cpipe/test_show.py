@@ -74,7 +74,7 @@ def test_status_of_a_run_that_stands_halfway(piped_run, copied_run, capsys):
     (run_dir / "gates/manifest.json").unlink()
     found = states(run_dir, capsys)
     assert found["train-experts"] == "begun (2 members finished)"
-    assert found["train-gates"] == "begun (2 members finished)"
+    assert found["train-gates"] == "begun (5 members finished)"  # joint, contrastive, and independent of each expert
     assert found["train-seed"] == "finished"
 
 

@@ -107,6 +107,18 @@ def test_experts_of_an_earlier_clustering_go_when_new_ones_are_trained(run_dir: 
     assert sorted(path.name for path in (run_dir / "experts").iterdir() if path.is_dir()) == ["000", "001", "002"]
 
 
+def test_gates_of_such_experts_go_when_gates_of_the_new_ones_are_trained(run_dir: Path) -> None:
+    for name in ("independent", "module-independent"):
+        shutil.copytree(run_dir / "gates/independent/000", run_dir / f"gates/{name}/005")
+    manifest = run_dir / "gates/manifest.json"
+    trained = manifest.read_bytes()
+    manifest.unlink()
+    assert cleaned(run_dir) == {}
+    manifest.write_bytes(trained)
+    assert set(cleaned(run_dir)) == {"gates/independent/005", "gates/module-independent/005"}
+    assert (run_dir / "gates/independent/002").is_dir()
+
+
 @pytest.mark.parametrize("kind", [fcntl.LOCK_EX, fcntl.LOCK_SH])
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_while_a_stage_is_at_work_nothing_goes(run_dir: Path, kind: int, dry_run: bool) -> None:
