@@ -1,21 +1,24 @@
 """Muon against AdamW: validation loss after the same steps, and after the same CPU time.
 
-    python benchmarks/bench_muon.py 'corpus/*.jsonl.zst' [--steps 200] [--threads 1]
+    python benchmarks/bench_muon.py 'corpus/*.jsonl.zst' [--steps 200] [--seeds 3] [--width 128] [--layers 5]
 
-- the model: 5 layers of width 128, SwiGLU 344, 2,048 tokens, tied (1.25 M parameters), 8 rows of 256 tokens a step
+- the model: layers of one width, SwiGLU of 8/3 of it, heads of 32, 2,048 tokens, tied (by default 1.25 M parameters);
+  8 rows of 256 tokens a step
 - cpipe's own loop (`stages.engine.loop.train`) on rows of its own token store; the validation rows are of documents
   that are not trained on, and the same for every row of the table
-- each optimizer has its own rates, all printed, the best first: a fixed rate would decide by itself who wins
-- a step of Muon costs more. So its best rate is trained once more, with as many steps as fit into the CPU time of the
-  best AdamW: the row to compare it by
-- weights and order of the batches are those of one seed: differences of a few hundredths are noise
-- text is tokenized into a temporary folder; 200 steps take less than 12 minutes on one core
+- each optimizer has its own rates, all printed, the best first: a fixed rate would decide by itself who wins. Where the
+  best is the first or the last tried, one more is tried beyond it
+- a step of Muon costs more. So its best rate is trained once more, with as many steps as fit into the CPU time of
+  AdamW (medians of what the rates took): the row to compare it by
+- the rates are chosen with one seed of weights and order; with further ones the best are trained again, and the
+  second table has their differences
+- text is tokenized into a temporary folder; 200 steps with one seed take less than 12 minutes on one core
 """
 
 import argparse
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +37,8 @@ from stages.nn.decoder import Decoder, NextTokenLoss
 
 LENGTH, BATCH = 256, 8  # tokens of a row, rows of a step
 VALIDATION = 8  # batches
-RATES = {"adamw": (1e-3, 2e-3, 4e-3), "muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}
-SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 5, "max_position_embeddings": LENGTH}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
+HEAD = 32  # width of one
+RATES = {"adamw": (1e-3, 2e-3, 4e-3), "muon": (4e-3, 8e-3, 1.6e-2)}
 
 
 class Trained(NamedTuple):
@@ -54,7 +56,7 @@ class Text(NamedTuple):
     """What is trained and validated on."""
 
     vocabulary: int
-    batch_at: Callable[[int], Tensor]
+    rows: Rows
     validation: list[Tensor]
 
 
@@ -62,6 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("inputs", nargs="+", help="Files, folders or patterns, as for `cpipe tokenize`.")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--bytes-per-source", type=int, default=3_000_000)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -69,16 +74,33 @@ def main() -> None:
     logger.remove()
     with tempfile.TemporaryDirectory(prefix="bench-muon-") as folder:
         text = _tokenized(Path(folder), options.inputs, options.bytes_per_source)
-        best: dict[str, Trained] = {}
-        rows = []
-        for optimizer, rates in RATES.items():
-            found = [_trained(text, optimizer, rate, options.steps) for rate in rates]
-            best[optimizer] = min(found)
-            rows += found
-        fitting = int(options.steps * best["adamw"].seconds / best["muon"].seconds)
-        same_time = _trained(text, "muon", best["muon"].rate, max(2, fitting))
-        rows.append(same_time._replace(note="in the CPU time of the best AdamW"))
-    _print(rows, best["adamw"])
+        shape = _shape(options.width, options.layers, text.vocabulary)
+        adamw, muon = (_searched(text, shape, optimizer, options.steps) for optimizer in RATES)
+        cost = statistics.median(row.seconds for row in adamw) / statistics.median(row.seconds for row in muon)
+        fitting = max(2, int(options.steps * cost))
+        best = min(adamw), min(muon)
+        same_time = _trained(text, shape, "muon", best[1].rate, fitting)
+        _print([*adamw, *muon, same_time._replace(note="in the CPU time of AdamW")], best[0], shape)
+        again = [(*best, same_time)]
+        for seed in range(1, options.seeds):
+            pair = [_trained(text, shape, one.optimizer, one.rate, options.steps, seed) for one in best]
+            again.append((*pair, _trained(text, shape, "muon", best[1].rate, fitting, seed)))
+    _print_seeds(again)
+
+
+def _shape(width: int, layers: int, vocabulary: int) -> DecoderConfig:
+    heads = {"num_attention_heads": width // HEAD, "num_key_value_heads": width // HEAD}
+    widths = {"hidden_size": width, "intermediate_size": 8 * round(width / 3), "num_hidden_layers": layers, **heads}
+    return DecoderConfig(**widths, vocab_size=vocabulary, max_position_embeddings=LENGTH)
+
+
+def _searched(text: Text, shape: DecoderConfig, optimizer: str, steps: int) -> list[Trained]:
+    """Trainings at the optimizer's rates, and at further ones until the best lies between two others."""
+    found = {rate: _trained(text, shape, optimizer, rate, steps) for rate in RATES[optimizer]}
+    while (best := min(found, key=lambda rate: found[rate].loss)) in (min(found), max(found)):
+        beyond = best / 2 if best == min(found) else best * 2
+        found[beyond] = _trained(text, shape, optimizer, beyond, steps)
+    return list(found.values())
 
 
 def _tokenized(folder: Path, inputs: list[str], limit: int) -> Text:
@@ -90,34 +112,48 @@ def _tokenized(folder: Path, inputs: list[str], limit: int) -> Text:
         for split in ("train", "valid")
     )
     validation = [valid_rows.batch(number, BATCH, seed=0) for number in range(VALIDATION)]
-    return Text(tokens.metrics.vocab_size, train_rows.batches(BATCH, seed=0), validation)
+    return Text(tokens.metrics.vocab_size, train_rows, validation)
 
 
-def _trained(text: Text, optimizer: str, rate: float, steps: int) -> Trained:
+def _trained(text: Text, shape: DecoderConfig, optimizer: str, rate: float, steps: int, seed: int = 0) -> Trained:
     config = TrainingConfig(
         steps=steps, batch_size=BATCH, sequence_length=LENGTH, learning_rate=rate, optimizer=optimizer, engine="torch",
-        precision="fp32", compile="off", checkpoint_every=steps, tensorboard=False, log_every=steps,
+        precision="fp32", compile="off", checkpoint_every=steps, tensorboard=False, log_every=steps, seed=seed,
     )  # fmt: skip
-    torch.manual_seed(0)
-    loss = NextTokenLoss(Decoder(DecoderConfig(**SHAPE, **HEADS, vocab_size=text.vocabulary)))
+    torch.manual_seed(seed)
+    loss = NextTokenLoss(Decoder(shape))
     begun = time.process_time()
     with tempfile.TemporaryDirectory(prefix="bench-muon-") as folder:
-        train(loss, text.batch_at, config, Path(folder), optimizer)
+        train(loss, text.rows.batches(BATCH, seed=seed), config, Path(folder), optimizer)
     seconds = time.process_time() - begun
     with torch.no_grad():
         found = torch.stack([loss(rows.to(next(loss.parameters()).device))["loss"] for rows in text.validation])
-    print(f"{optimizer} at {rate:g}: {steps} steps, {seconds:.0f} CPU s, loss {found.mean():.4f}", flush=True)
+    print(
+        f"{optimizer} at {rate:g}, seed {seed}: {steps} steps, {seconds:.0f} CPU s, loss {found.mean():.4f}", flush=True
+    )
     return Trained(float(found.mean()), optimizer, rate, steps, seconds)
 
 
-def _print(rows: list[Trained], reference: Trained) -> None:
-    print(f"\n{BATCH} rows of {LENGTH} tokens a step, {torch.get_num_threads()} threads, torch {torch.__version__}")
+def _print(rows: list[Trained], reference: Trained, shape: DecoderConfig) -> None:
+    about = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}, {BATCH} rows of {LENGTH} tokens a step"
+    print(f"\n{about}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("\n| optimizer | rate | steps | CPU s | validation loss | against the best AdamW | |")
     print("|---|--:|--:|--:|--:|--:|---|")
     for row in sorted(rows):
         difference = "" if row is reference else f"{row.loss - reference.loss:+.3f}"
         cells = (row.optimizer, f"{row.rate:g}", str(row.steps), f"{row.seconds:.0f}", f"{row.loss:.3f}")
         print(f"| {' | '.join(cells)} | {difference} | {row.note} |")
+    print(flush=True)
+
+
+def _print_seeds(rows: list[tuple[Trained, ...]]) -> None:
+    """Of every seed AdamW, Muon after as many steps, and Muon after as much time."""
+    print("\n| seed | AdamW | Muon, same steps | Muon, same CPU time |\n|--:|--:|--:|--:|")
+    for seed, (adamw, *muon) in enumerate(rows):
+        cells = (f"{row.loss:.3f} ({row.loss - adamw.loss:+.3f})" for row in muon)
+        print(f"| {seed} | {adamw.loss:.3f} | {' | '.join(cells)} |")
+    steps, time_ = (statistics.mean(row[kind].loss - row[0].loss for row in rows) for kind in (1, 2))
+    print(f"| mean | | {steps:+.3f} | {time_:+.3f} |")
 
 
 if __name__ == "__main__":
