@@ -1,99 +1,40 @@
 """The same decoder, laid out for writing text: a few tokens at a time, for one text or for several side by side.
 
-Shape letters: R rows (the tokens of one text, or one token of each text), N texts, S positions so far, D model width,
-H query heads, K key/value heads, E head width, F MLP width, V vocabulary.
+Shape letters: R rows (the tokens of one text, or one token of each text), N texts, T new positions of a text,
+S positions so far, L layers, D model width, H query heads, K key/value heads, X all heads (of queries, keys and values,
+or of the last two), E head width, C pairs of a head, F MLP width, V vocabulary.
 
-- one token costs what its weights cost to read, so they are stored as (in, out), which a product with one row reads
-  faster than nn.Linear's (out, in); q, k and v are one product, and so are the two halves of the MLP's first layer
+- one token costs what its weights cost to read: see `stages.nn.packing`
+- what is not such a product is mostly the price of calling torch, so it is done in few calls: the length of a state is
+  one norm, a rotation one complex product, and what all layers share of a step is cut once
 - keys and values lie in room made beforehand: a step writes its own and copies none
 - texts differ in length, and none is padded: each is read alone, at its own positions, and only steps of one token
   are taken together
-- what is computed is `Decoder.forward`, up to rounding; a decoder with parts unknown here is not packed (`packable`)
+- what is computed is `Decoder.forward`, up to rounding
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from stages.nn.attention import Layer, RMSNorm, rotary_angles
+from stages.nn.attention import Layer, rotary_angles
 from stages.nn.decoder import Decoder
 from stages.nn.masking import causal_mask
+from stages.nn.packing import PackedLayer, across
+from stages.nn.packing import packable as packable
 
 FIRST_ROOM = 256  # positions; doubled whenever they are used up
 
-# What `PackedLayer` reads; a layer with anything else needs the general code.
-PARTS = frozenset(
-    f"{part}.weight"
-    for part in (
-        "input_layernorm",
-        *(f"self_attn.{side}_proj" for side in "qkvo"),
-        "post_attention_layernorm",
-        *(f"mlp.{side}_proj" for side in ("gate", "up", "down")),
-    )
-)
-BIASES = frozenset(f"self_attn.{side}_proj.bias" for side in "qkv")
-# Settings it follows, or that show in the parts; any other must be at its default.
-SETTINGS = frozenset(
-    [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rope_theta",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "vocab_size",
-        "max_position_embeddings",
-        "model_type",
-        "bos_token_id",
-        "eos_token_id",
-    ]
-)
-
-Attend = Callable[[int, Tensor, Tensor], Tensor]  # layer, q [R, H, E], k and v [R, 2 K, E] -> [R, H E]
+Attend = Callable[[int, Tensor], Tensor]  # layer, q, k and v side by side [R, X E] -> [R, H E]
 
 
-def packable(decoder: Decoder) -> bool:
-    """Whether this module knows everything the decoder does: plain Llama layers, with or without q/k/v biases."""
-    config = decoder.config
-    for name, field in type(config).model_fields.items():
-        if name not in SETTINGS and getattr(config, name) != field.get_default():
-            return False
-    found = [{name for name, _ in layer.named_parameters()} for layer in decoder.model.layers]
-    return all(names - BIASES == PARTS and (names & BIASES) in (BIASES, frozenset()) for names in found)
-
-
-class PackedLayer:
-    """Weights of one layer, as (in, out)."""
-
-    def __init__(self, layer: Layer) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.eps = layer.input_layernorm.eps
-        self.qkv_DQ = _across(layer.input_layernorm, *qkv)
-        biases = [projection.bias.detach() for projection in qkv if projection.bias is not None]
-        self.bias_Q = torch.cat(biases) if biases else None
-        self.out_ED = _across(None, attention.o_proj)
-        self.gate_up_DF = _across(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-        self.down_FD = _across(None, mlp.down_proj)
-
-
-def _across(norm: RMSNorm | None, *projections: nn.Linear) -> Tensor:
-    """The weights side by side, [in, out], with what `_unit` leaves out of the norm before them."""
-    weight_OD = torch.cat([projection.weight.detach() for projection in projections])
-    if norm is not None:
-        weight_OD = weight_OD * (norm.weight.detach() * weight_OD.shape[1] ** 0.5)
-    return weight_OD.T.contiguous()
-
-
-def _unit(x_RD: Tensor, eps: float) -> Tensor:
-    """States divided by their length: RMSNorm without its weights and without sqrt(D), in few operations."""
-    return x_RD * (x_RD * x_RD).sum(1, True).add_(eps * x_RD.shape[1]).rsqrt_()
+def _unit(x_RD: Tensor, x_RW: Tensor) -> Tensor:
+    """States over their length: RMSNorm without its weights and without sqrt(D). `x_RW` has sqrt(eps D) behind them."""
+    return x_RD / torch.linalg.vector_norm(x_RW, dim=1, keepdim=True)
 
 
 class TextCache:
@@ -103,31 +44,28 @@ class TextCache:
         """`heads`: of keys, and as many of values."""
         self.lengths = [0] * texts
         self.heads = heads
-        self.kv_LNSXE = [like.new_zeros((texts, FIRST_ROOM, 2 * heads, head_dim)) for _ in range(layers)]
+        self.kv_LNXSE = like.new_zeros((layers, texts, 2 * heads, FIRST_ROOM, head_dim))
 
     def make_room(self, positions: int) -> None:
         """Have space for so many positions."""
-        room = self.kv_LNSXE[0].shape[1]
+        room = self.kv_LNXSE.shape[3]
         if positions <= room:
             return
         while room < positions:
             room *= 2
-        for layer, old_NSXE in enumerate(self.kv_LNSXE):
-            self.kv_LNSXE[layer] = old_NSXE.new_zeros((len(old_NSXE), room, *old_NSXE.shape[2:]))
-            self.kv_LNSXE[layer][:, : old_NSXE.shape[1]] = old_NSXE
+        old_LNXSE = self.kv_LNXSE
+        self.kv_LNXSE = old_LNXSE.new_zeros((*old_LNXSE.shape[:3], room, old_LNXSE.shape[4]))
+        self.kv_LNXSE[:, :, :, : old_LNXSE.shape[3]] = old_LNXSE
 
     def move(self, source: int, target: int) -> None:
         """Put what one text has read in the place of another."""
         length = self.lengths[target] = self.lengths[source]
-        for kv_NSXE in self.kv_LNSXE:
-            kv_NSXE[target, :length] = kv_NSXE[source, :length]
+        self.kv_LNXSE[:, target, :, :length] = self.kv_LNXSE[:, source, :, :length]
 
-    def attend(self, layer: int, q_NHTE: Tensor, texts: slice, end: int, mask: Tensor | None, causal: bool) -> Tensor:
-        """What queries [N, H, T, E] of some texts find among their first `end` positions: [N T, H E]."""
-        k_NKSE, v_NKSE = self.kv_LNSXE[layer][texts, :end].transpose(1, 2).split(self.heads, 1)
-        grouped = q_NHTE.shape[1] != self.heads
-        out_NHTE = F.scaled_dot_product_attention(q_NHTE, k_NKSE, v_NKSE, mask, is_causal=causal, enable_gqa=grouped)
-        return out_NHTE.transpose(1, 2).reshape(len(q_NHTE) * q_NHTE.shape[2], -1)
+    def layers(self, texts: slice, start: int, end: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Of some texts each layer's keys and each layer's values [N, K, T, E] of the positions from start to end."""
+        k_LNKTE, v_LNKTE = self.kv_LNXSE[:, texts, :, start:end].split(self.heads, 2)
+        return k_LNKTE.unbind(), v_LNKTE.unbind()
 
 
 class PackedDecoder:
@@ -139,8 +77,11 @@ class PackedDecoder:
         self.config = config
         self._embed_VD = decoder.model.embed_tokens.weight.detach()
         self._layers = [PackedLayer(layer) for layer in decoder.model.layers if isinstance(layer, Layer)]
-        self._head_DV = _across(decoder.model.norm, decoder.lm_head)
-        self._cos_S1E = self._sin_S1E = self._embed_VD.new_zeros((0, 1, config.head_dim))
+        self._head_DV = across(decoder.model.norm, decoder.lm_head.weight)
+        self._heads = [config.num_attention_heads, 2 * config.num_key_value_heads]
+        self._grouped = config.num_attention_heads != config.num_key_value_heads
+        self._found_width = config.num_attention_heads * config.head_dim
+        self._turn_S1C = self._embed_VD.new_zeros((0, 1, config.head_dim // 2))
         self._turn(FIRST_ROOM)
 
     def new_cache(self, texts: int = 1) -> TextCache:
@@ -151,6 +92,14 @@ class PackedDecoder:
     @torch.inference_mode()
     def read(self, ids: list[int], cache: TextCache, text: int = 0) -> Tensor:
         """Read further tokens of one text; logits [V] in fp32 of the token after them."""
+        return self._logits(self._read(ids, cache, text)[-1:])[0]
+
+    @torch.inference_mode()
+    def take(self, ids: list[int], cache: TextCache, text: int) -> None:
+        """Read further tokens of one text."""
+        self._read(ids, cache, text)
+
+    def _read(self, ids: list[int], cache: TextCache, text: int) -> Tensor:
         start, own = cache.lengths[text], slice(text, text + 1)
         end = start + len(ids)
         cache.make_room(end)
@@ -160,14 +109,17 @@ class PackedDecoder:
             position_S = torch.arange(end, device=self._embed_VD.device)
             mask_TS = causal_mask(position_S[start:], position_S)
         causal = not start and len(ids) > 1
+        new_LNXTE = cache.kv_LNXSE[:, own, :, start:end].unbind()
+        k_LNKSE, v_LNKSE = cache.layers(own, 0, end)
 
-        def attend(layer: int, q_RHE: Tensor, kv_RXE: Tensor) -> Tensor:
-            cache.kv_LNSXE[layer][text, start:end] = kv_RXE
-            return cache.attend(layer, q_RHE.transpose(0, 1)[None], own, end, mask_TS, causal)
+        def attend(layer: int, qkv_RQ: Tensor) -> Tensor:
+            q_NHTE, kv_NXTE = self._by_head(qkv_RQ, 1)
+            new_LNXTE[layer].copy_(kv_NXTE)
+            return self._found(q_NHTE, k_LNKSE[layer], v_LNKSE[layer], mask_TS, causal)
 
-        states_RD = self._states(ids, self._cos_S1E[start:end], self._sin_S1E[start:end], attend)
+        x_RW = self._states(ids, self._turn_S1C[start:end], attend)
         cache.lengths[text] = end
-        return self._logits(states_RD[-1:])[0]
+        return x_RW
 
     @torch.inference_mode()
     def step(self, ids: list[int], cache: TextCache) -> Tensor:
@@ -179,49 +131,63 @@ class PackedDecoder:
         self._turn(longest)
         text_N = torch.arange(len(ids), device=self._embed_VD.device)
         place_N = torch.tensor(cache.lengths[own], device=self._embed_VD.device)
-        mask_N11S = (torch.arange(longest, device=place_N.device) <= place_N[:, None])[:, None, None]
+        later_NS = torch.arange(longest, device=place_N.device) > place_N[:, None]
+        mask_N11S = torch.zeros_like(later_NS, dtype=torch.float32).masked_fill_(later_NS, -math.inf)[:, None, None]
+        k_LNKSE, v_LNKSE = cache.layers(own, 0, longest)
 
-        def attend(layer: int, q_RHE: Tensor, kv_RXE: Tensor) -> Tensor:
-            cache.kv_LNSXE[layer][text_N, place_N] = kv_RXE
-            return cache.attend(layer, q_RHE[:, :, None], own, longest, mask_N11S, False)
+        def attend(layer: int, qkv_RQ: Tensor) -> Tensor:
+            q_NHTE, kv_NXTE = self._by_head(qkv_RQ, len(ids))
+            cache.kv_LNXSE[layer][text_N, :, place_N] = kv_NXTE[:, :, 0]
+            return self._found(q_NHTE, k_LNKSE[layer], v_LNKSE[layer], mask_N11S, False)
 
-        states_RD = self._states(ids, self._cos_S1E[place_N], self._sin_S1E[place_N], attend)
+        x_RW = self._states(ids, self._turn_S1C[place_N], attend)
         cache.lengths[own] = [length + 1 for length in cache.lengths[own]]
-        return self._logits(states_RD)
+        return self._logits(x_RW)
 
-    def _states(self, ids: list[int], cos_R1E: Tensor, sin_R1E: Tensor, attend: Attend) -> Tensor:
-        """Output [R, D] of the last layer, not normed."""
-        head_dim, queries = self.config.head_dim, self.config.num_attention_heads
-        turned = queries + self.config.num_key_value_heads
-        x_RD = F.embedding(torch.tensor(ids, device=self._embed_VD.device), self._embed_VD)
+    def _by_head(self, qkv_RQ: Tensor, texts: int) -> tuple[Tensor, ...]:
+        """Queries [N, H, T, E]; keys and values [N, X, T, E]."""
+        whole_NTXE = qkv_RQ.view(texts, -1, sum(self._heads), self.config.head_dim)
+        return whole_NTXE.transpose(1, 2).split(self._heads, 1)
+
+    def _found(self, q_NHTE: Tensor, k_NKSE: Tensor, v_NKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """What queries find: [N T, H E]."""
+        out_NHTE = F.scaled_dot_product_attention(
+            q_NHTE, k_NKSE, v_NKSE, mask, is_causal=causal, enable_gqa=self._grouped
+        )
+        return out_NHTE.transpose(1, 2).reshape(-1, self._found_width)
+
+    def _states(self, ids: list[int], turn_R1C: Tensor, attend: Attend) -> Tensor:
+        """Output [R, D] of the last layer, not normed, with the column that `_unit` wants."""
+        rows, config = len(ids), self.config
+        values_R1C = torch.ones_like(turn_R1C).expand(-1, config.num_key_value_heads, -1)
+        turned = config.num_attention_heads + config.num_key_value_heads
+        turn_RP = torch.cat([turn_R1C.expand(-1, turned, -1), values_R1C], 1).flatten(1)
+        x_RW = self._embed_VD.new_full(
+            (rows, config.hidden_size + 1), (config.rms_norm_eps * config.hidden_size) ** 0.5
+        )
+        x_RD = x_RW[:, :-1]
+        x_RD.copy_(F.embedding(torch.tensor(ids, device=x_RW.device), self._embed_VD))
         for index, layer in enumerate(self._layers):
-            qkv_RQ = torch.mm(_unit(x_RD, layer.eps), layer.qkv_DQ)
+            qkv_RQ = torch.mm(_unit(x_RD, x_RW), layer.qkv_DQ)
             if layer.bias_Q is not None:
                 qkv_RQ += layer.bias_Q
-            qkv_RXE = qkv_RQ.view(len(ids), -1, head_dim)
-            qk_RXE = qkv_RXE[:, :turned]
-            torch.addcmul(qk_RXE * cos_R1E, qk_RXE.roll(head_dim // 2, -1), sin_R1E, out=qk_RXE)
-            x_RD = torch.addmm(x_RD, attend(index, qkv_RXE[:, :queries], qkv_RXE[:, queries:]), layer.out_ED)
-            gate_RF, up_RF = torch.mm(_unit(x_RD, layer.eps), layer.gate_up_DF).chunk(2, 1)
-            x_RD = torch.addmm(x_RD, F.silu(gate_RF).mul_(up_RF), layer.down_FD)
-        return x_RD
+            qkv_RQ.view(torch.complex64).mul_(turn_RP)
+            x_RD.addmm_(attend(index, qkv_RQ), layer.out_ED)
+            gate_RF, up_RF = torch.mm(_unit(x_RD, x_RW), layer.gate_up_DF).chunk(2, 1)
+            x_RD.addmm_(F.silu(gate_RF).mul_(up_RF), layer.down_FD)
+        return x_RW
 
-    def _logits(self, x_RD: Tensor) -> Tensor:
-        return torch.mm(_unit(x_RD, self.config.rms_norm_eps), self._head_DV).float()
+    def _logits(self, x_RW: Tensor) -> Tensor:
+        return torch.mm(_unit(x_RW[:, :-1], x_RW), self._head_DV)
 
     def _turn(self, positions: int) -> None:
-        """Have the rotations of so many positions.
-
-        The sine of a head's first half is negative, so that `rotate` is a sum with the head rolled by half its width.
-        """
-        if positions <= len(self._cos_S1E):
+        """Have the rotations of so many positions, as complex numbers of length one."""
+        if positions <= len(self._turn_S1C):
             return
         position_S = torch.arange(2 * positions, device=self._embed_VD.device)
         angle_SE = rotary_angles(position_S, self.config.head_dim, self.config.rope_theta)
-        sign_E = torch.ones_like(angle_SE[0])
-        sign_E[: self.config.head_dim // 2] = -1
-        self._cos_S1E = angle_SE.cos().to(self._embed_VD.dtype)[:, None]
-        self._sin_S1E = (angle_SE.sin() * sign_E).to(self._embed_VD.dtype)[:, None]
+        angle_SC = angle_SE[:, : self.config.head_dim // 2]
+        self._turn_S1C = torch.polar(torch.ones_like(angle_SC), angle_SC)[:, None]
 
 
 def begin_text(decoder: Decoder | PackedDecoder) -> Callable[[list[int]], Tensor]:
@@ -282,6 +248,6 @@ class TextBatch:
             *before, newest[place.row] = [*place.pending, *ids]
             place.pending = []
             if before:
-                self._decoder.read(before, self._cache, place.row)
+                self._decoder.take(before, self._cache, place.row)
         logits_NV = self._decoder.step(newest, self._cache)
         return {number: logits_NV[self._places[number].row] for number in unread}
