@@ -21,6 +21,8 @@ from stages.engine.optimizer import AVERAGES, Outcome, Parts, mean_parts, poison
 from stages.engine.precision import LossScale, choose_precision
 from stages.engine.processes import Place, join_processes
 
+IN_USE = -1  # what ZeRO 3 lets go of is in use by no module; this is the number of none
+
 
 class DeepSpeedEngine:
     """DeepSpeed, in process: one device or many, ZeRO 0 to 3."""
@@ -51,11 +53,13 @@ class DeepSpeedEngine:
         self._linear, functional.linear = functional.linear, linear
         self.module = module
         self._start_averages()
+        self._mark_whole()
 
     def step(self, micro_batches: list[Tensor], rate: float) -> Outcome:
         """See Engine."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        self._gather_whole()
         if self._stage:  # these optimizers know the scale: they raise the loss and lower the gradient themselves
             self._optimizer.loss_scale = self._scale.value
         parts = []
@@ -116,6 +120,33 @@ class DeepSpeedEngine:
             else:
                 write_state(name, parameter, self._optimizer, state, steps)
         self._set_step(steps)
+
+    def _mark_whole(self) -> None:
+        """Have ZeRO 3 leave whole what is neither a linear map's nor an embedding's.
+
+        It brings a parameter together for the forward pass of the module it belongs to, and a learned vector is read by
+        others too: by the level, say, whose positions its upsampler has. These are few numbers.
+        """
+        if self._stage < 3:
+            return
+        whole = self._optimizer.persistent_parameters
+        for part in self.module.modules():
+            for parameter in () if isinstance(part, (nn.Linear, nn.Embedding)) else part.parameters(recurse=False):
+                if not getattr(parameter, "ds_persist"):  # noqa: B009  # for mypy, a parameter has no such thing
+                    setattr(parameter, "ds_persist", True)  # noqa: B010
+                    whole.append(parameter)
+
+    def _gather_whole(self) -> None:
+        """Bring together what stays whole, and keep it.
+
+        DeepSpeed does so between two steps, but not before the first, in which it lets go of everything after the
+        forward pass of its module: a gradient then finds no parameter it fits, where that module gives no tensors.
+        """
+        if self._stage < 3 or not (whole := self._optimizer.persistent_parameters):
+            return
+        whole[0].all_gather(whole)
+        for parameter in whole:
+            parameter.ds_active_sub_modules.add(IN_USE)
 
     def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
         """The whole parameter, to be written to: ZeRO 3 keeps only a part of it on each process."""
