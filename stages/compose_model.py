@@ -123,8 +123,6 @@ def _is_finished(kind: type[Manifest], config: Config, inputs: list[InputRef], r
 
 def _new_central(config: CentralAloneConfig, run_dir: Path, seed_manifest: SeedManifest) -> CentralModel:
     shape, training = config.central, config.training
-    if training.zero_stage == 3:
-        raise UsageFailure("--zero-stage 3 would shard the frozen experts too: use 0, 1 or 2 to compose")
     if training.mask_documents:
         raise UsageFailure("--mask-documents is for decoders: the central model's groups reach over documents")
     if training.sequence_length < shape.shortest_row():

@@ -151,7 +151,6 @@ def test_the_central_model_starts_from_the_seed(gated_run, copied_run):
         ({"gates": "independent"}, "--gates joint"),
         ({"central": CENTRAL.model_copy(update={"group_length": 20})}, "--sequence-length 40"),
         ({"central": CENTRAL.model_copy(update={"central_width": 12})}, "central_width 12"),
-        ({"training": TRAINING.model_copy(update={"zero_stage": 3, "engine": "deepspeed"})}, "--zero-stage 3"),
         ({"training": TRAINING.model_copy(update={"mask_documents": True})}, "--mask-documents is for decoders"),
     ],
 )
