@@ -20,7 +20,8 @@ OVER = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
     "REVOKED",
 }  # fmt: skip
-TOO_MANY = ("submit limit", "MaxSubmit", "SubmitJobs", "temporarily unable to accept")  # as sbatch says it
+UNREACHABLE = ("configuration source", "Unable to contact", "Connection refused")  # as sbatch says it
+TOO_MANY = ("submit limit", "MaxSubmit", "SubmitJobs", "temporarily unable to accept")
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -38,7 +39,7 @@ def submit(
     begin: the task of the array whose number in Slurm is 0
     follows: the job that must be over, however it ended
 
-    Raises UsageFailure when sbatch refuses it, and ResourceFailure when there are too many jobs already.
+    Raises UsageFailure when sbatch refuses it; ResourceFailure when Slurm is not there or has too many jobs already.
     """
     words = ["sbatch", "--parsable", f"--output={log}"]
     after = [f"afterok:{':'.join(waits_for)}"] if waits_for else []
@@ -51,6 +52,10 @@ def submit(
     number = done.stdout.strip().split(";")[0]  # the name of the cluster may follow
     if done.returncode or not number.isdecimal():
         why = _last_line(done.stderr or done.stdout)
+        if any(word in why for word in UNREACHABLE):
+            raise ResourceFailure(
+                f"sbatch finds no Slurm ({why}): run this where jobs are submitted, or try again later"
+            )
         if any(word in why for word in TOO_MANY):
             raise ResourceFailure(f"sbatch refused {script}: {why}: when jobs have ended, give the same command again")
         raise UsageFailure(f"sbatch refused {script}: {why}: change [slurm]")

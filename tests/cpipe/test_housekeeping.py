@@ -108,9 +108,9 @@ def test_verify_looks_at_what_was_added_later(cpipe, added_run, copied_run):
     path = run_dir / "added/med-icine/centroid.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     found = json.loads(cpipe("verify", run_dir, "--json").stdout)
-    assert ("added/med-icine/centroid.safetensors", "changed") in {
-        (each["path"], each["fault"]) for each in found["problems"]
-    }
+    told = {each["path"]: each["message"] for each in found["problems"] if each["fault"] == "changed"}
+    assert told.keys() == {"added/med-icine/centroid.safetensors"}
+    assert "run `cpipe train-experts --add med-icine TEXT` with --force" in told[path.relative_to(run_dir).as_posix()]
 
 
 def test_the_report_shows_what_was_added_later(cpipe, added_run, copied_run):

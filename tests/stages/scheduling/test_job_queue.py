@@ -55,6 +55,21 @@ def test_too_many_jobs_are_told_as_that(command, tmp_path, told):
         job_queue.submit(tmp_path / "a.sh", "log", [], None)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "fatal: Could not establish a configuration source",
+        "error: Unable to contact slurm controller (connect failure)",
+    ],
+)
+def test_a_slurm_that_is_not_there_is_told_as_that(command, tmp_path, told):
+    command("sbatch", f'echo "sbatch: {told}" >&2; exit 1')
+    with pytest.raises(
+        ResourceFailure, match=r"^sbatch finds no Slurm \(sbatch: .*\): run this where jobs are submitted"
+    ):
+        job_queue.submit(tmp_path / "a.sh", "log", [], None)
+
+
 @pytest.mark.parametrize("line", ["echo bad partition. >&2; exit 1", "echo what; echo bad partition.", "exit 3"])
 def test_a_job_that_is_refused_is_one_line(command, tmp_path, line):
     command("sbatch", line)
