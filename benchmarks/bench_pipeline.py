@@ -49,6 +49,7 @@ modes = ["independent", "joint", "contrastive", "mean-activation"]
 [evaluate]
 thresholds = [0.1]
 top_p = [0.8]
+active_experts = [1, 2]
 tokens = 60_000
 usage_tokens = 10_000
 """
