@@ -48,6 +48,7 @@ from stages.nn.flops import BACKWARD_AND_FORWARD, forward_flops
 
 LENGTH, BATCH, WINDOW = 512, 2, 32
 HELD_OUT = 32  # rows
+PARTS = ("latents", "plan", "latents exchanged")  # what it is tried without
 RATE = 2e-3
 BASE = {"encoder_layers": 2, "latent_layers": 2, "decoder_layers": 2, "token_window": WINDOW}
 ABOVE = LevelShape(group_length=4, latents_per_group=4, latent_layers=2)
@@ -179,7 +180,7 @@ def _trained(text: Text, name: str, seed: int, steps: int) -> Result:
     }  # fmt: skip
     if name in OPTIONS:
         whole = _loss(logits, half)
-        usage = {part: _loss(logits, half, part) - whole for part in ("latents", "plan", "exchanged")}
+        usage = {part: _loss(logits, half, part) - whole for part in PARTS}
         result |= usage
     return result
 
@@ -204,14 +205,14 @@ def _print(text: Text, found: dict[tuple[str, int], Result], chosen: list[str], 
     print(
         "\n| model | nats/token | sd | bits/byte | against default | sd | parameters | FLOPs/token, training |", end=""
     )
-    print(" no latents | no plan | exchanged |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print(" no latents | no plan | another text's latents |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     rows = [(_mean([found[name, seed]["loss"] for seed in seeds]), name) for name in chosen]
     for (loss, deviation), name in sorted(rows):
         own = [found[name, seed] for seed in seeds]
         gap, gap_deviation = _mean([each["loss"] - found[DEFAULT, each["seed"]]["loss"] for each in own])
         against = "" if name == DEFAULT else f"{gap:+.4f} | {gap_deviation:.4f}"
         bits = loss / math.log(2) / text.bytes_per_token
-        usage = " | ".join(_usage(own, part) for part in ("latents", "plan", "exchanged"))
+        usage = " | ".join(_usage(own, part) for part in PARTS)
         print(f"| {name} | {loss:.4f} | {deviation:.4f} | {bits:.4f} | {against or ' | '} |", end="")
         print(f" {own[0]['parameters'] / 1e6:.2f} M | {BACKWARD_AND_FORWARD * own[0]['flops'] / 1e6:.1f} M | {usage} |")
     print("\nsteps of the plain decoders:", {name: found[name, 0]["steps"] for name in chosen if name not in OPTIONS})

@@ -95,11 +95,16 @@ class ModelRow(Strict):
 
 
 class UsageRow(Strict):
-    """What a composed or central model loses without one of its parts, in bits per byte."""
+    """What a composed or central model loses without one of its parts."""
 
     model: str = Field(description="The model.")
-    part: str = Field(description="What is taken away.")
+    part: str = Field(
+        description="What is taken away; with `exchanged`, replaced by another text's; with `static`, by the mean."
+    )
     difference: float = Field(description="Bits per byte without it minus with it; positive when it is of use.")
+    places: tuple[float, ...] = Field(
+        (), description="Nats per token that are lost at each place of a group, its first token first."
+    )
 
 
 class LayerRouting(Strict):

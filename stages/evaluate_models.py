@@ -8,7 +8,6 @@
 - "fitted" rows choose among experts as sharply as is best on other held-out documents, which no row is scored on
 """
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -39,12 +38,13 @@ from stages.nn.ensembles import ensembles
 from stages.nn.flops import BACKWARD_AND_FORWARD, DecoderCosts, forward_flops
 from stages.nn.gates import ExpertGates, Gates
 from stages.nn.leaks import gap_to_prefix
+from stages.nn.levels import ways_to_ablate
 from stages.nn.mixture import mixed_log_probs
 from stages.nn.mixture_fit import fit_routing
 from stages.nn.routed import RoutedDecoder
 from stages.nn.watching import Watched
 from stages.reporting.routing import RoutingTable
-from stages.reporting.scores import ScoreTable
+from stages.reporting.scores import ScoreTable, usage_row
 from stages.reporting.table import as_json, markdown, plot
 
 Forward = Callable[[Tensor], Tensor]  # ids [B, T] -> logits [B, T, V]
@@ -102,8 +102,7 @@ class Evaluation:
         self.selections = [*config.selections(len(models.experts))]
         self.usage: list[UsageRow] = []
         self.fitted: FittedRouting | None = None
-        self.prefix_gap = 0.0
-        self.dense_steps: dict[str, int] = {}
+        self.prefix_gap, self.dense_steps = 0.0, dict[str, int]()
         self.parameters = models.seed.metrics.parameters
         self.costs = DecoderCosts(
             Decoder.from_weights(*models.decoder("seed")),
@@ -152,8 +151,7 @@ class Evaluation:
 
     def fit_routing(self) -> None:
         """Fit what cBTM and the forgetting posterior choose by, on held-out documents that are not scored."""
-        windows = self.fit_windows
-        if windows.tokens:
+        if (windows := self.fit_windows).tokens:
             distances = torch.from_numpy(self.router.distances(windows.texts()))
             documents = windows.split(self._score_experts(windows))
             self.fitted = fit_routing(distances, documents, self.router.temperature, self.config.forgetting)
@@ -236,7 +234,7 @@ class Evaluation:
             begun = self.costs.seed if shape.start_from_seed else 0.0
             scores = self.score(lambda ids: central(ids).logits_BTV, "central alone")
             self.table.add("central alone", "central", scores, size, size, central_training + begun, flops)
-            self._add_usage("central alone", central, ("latents", "plan"))
+            self._add_usage("central alone", central, *ways_to_ablate("latents", "plan"))
         for name, manifest in self.models.compositions.items():
             self._add_composition(name, manifest, central_training)
 
@@ -253,7 +251,7 @@ class Evaluation:
         label = manifest.config.label(name)
         scores = self.score(lambda ids: composed(ids).logits_BTV, label)
         self.table.add(label, "control" if copies else "composed", scores, size, size, training, costs.forward)
-        self._add_usage(label, composed, ("bridges", "experts", "latents", "plan"))
+        self._add_usage(label, composed, "experts", *ways_to_ablate("bridges", "latents", "plan"))
         self.dense_steps[label] = self.costs.steps_of(training, self.models.members.config.training.tokens_per_step)
         for few in (few for few in self.config.active_experts if few < count and not copies):
             chosen, row = ChosenExperts(composed, few), f"{label}, top-{few} per text"
@@ -262,13 +260,14 @@ class Evaluation:
             active = manifest.metrics.parameters + self.costs.weights(read, read)
             self.table.add(row, "composed", scores, size, active, training, costs.with_few(read))
 
-    def _add_usage(self, label: str, model: torch.nn.Module, parts: tuple[str, ...]) -> None:
+    def _add_usage(self, label: str, model: ComposedModel | CentralModel, *parts: str) -> None:
         windows = self.usage_windows
+        central = model if isinstance(model, CentralModel) else model.central
+        place_N = windows.places() % central.config.group_length
         whole = self.score(partial(_logits, model, frozenset()), label, windows)
         for part in parts:
-            without = self.score(partial(_logits, model, frozenset({part})), f"{label} without {part}", windows)
-            difference = float((whole - without).double().sum()) / math.log(2) / windows.bytes
-            self.usage.append(UsageRow(model=label, part=part, difference=round(difference, 6)))
+            lost = whole - self.score(partial(_logits, model, frozenset({part})), f"{label} without {part}", windows)
+            self.usage.append(usage_row(label, part, lost, windows.bytes, place_N))
         ids = next(windows.batches(4)).ids.to(device())
         self.prefix_gap = max(self.prefix_gap, gap_to_prefix(partial(_logits, model, frozenset()), ids))
 

@@ -78,6 +78,10 @@ class Windows:
             [np.arange(start, end, self._length) for start, end in zip(self.starts, ends, strict=False)]
         )
 
+    def places(self) -> np.ndarray:
+        """Each token's place in its window, int64 [tokens]."""
+        return np.concatenate([np.arange(count) % self._length for count in self.lengths])
+
     def batches(self, size: int) -> Iterator[WindowBatch]:
         """All windows, `size` at a time, those of like length together so that little is padding."""
         spans = [

@@ -33,7 +33,7 @@ from stages.nn.central import (
 from stages.nn.decoder import Decoder, token_log_probs
 from stages.nn.experts import Experts, ExpertsCache, ExpertStates
 from stages.nn.gates import ExpertGates, SeedGate
-from stages.nn.levels import LevelOutput
+from stages.nn.levels import EXCHANGED, STATIC, LevelOutput
 
 
 class Gate(Protocol):
@@ -197,13 +197,15 @@ class ComposedModel(nn.Module):
 
         `active`: the experts that are read at these tokens, at least one; the others rest. None: all. `last`: for the
         token after the last position only.
-        `ablate`: "latents" and "plan" as in the central model; "bridges" leaves it alone, without experts;
-        "experts" gives each expert's states in the place of another's.
+        `ablate`: "latents" and "plan" as in the central model; "bridges" leaves it alone, without experts, "bridges
+        exchanged" has it read what experts make of another row, "bridges static" the mean of what they make of all;
+        "experts" gives what each expert says in the place of another.
         """
         cache = self.new_cache() if cache is None else cache
         if "bridges" in ablate:
             return self.central(ids_BT, cache.central, None, ablate, last=last)
-        experts = self.consult(ids_BT, cache, active)
+        experts = self.consult(ids_BT.roll(1, 0) if f"bridges{EXCHANGED}" in ablate else ids_BT, cache, active)
+        experts = experts.static() if f"bridges{STATIC}" in ablate else experts
         count = len(self.experts)
         order = [(place + ("experts" in ablate)) % count for place in range(count)]
         shown = replace(experts, state_XLBTE=[experts.state_XLBTE[number] for number in order])

@@ -74,6 +74,15 @@ class ExpertStates:
         """States [B, T, E] of each expert after that share of its layers."""
         return [None if states is None else states[round(depth * (len(states) - 1))] for states in self.state_XLBTE]
 
+    def static(self) -> "ExpertStates":
+        """The same at every token of every row: the mean."""
+
+        def mean(x: Tensor) -> Tensor:
+            return x.mean((0, 1), keepdim=True).expand_as(x)
+
+        states = [each if each is None else [mean(state_BTE) for state_BTE in each] for each in self.state_XLBTE]
+        return replace(self, state_XLBTE=states, prior_BTXF=mean(self.prior_BTXF))
+
     def resting(self) -> list[int]:
         """The experts that have no states."""
         return [index for index, states in enumerate(self.state_XLBTE) if states is None]

@@ -32,6 +32,7 @@ from stages.nn.latents import Reducer, Upsampler
 Read = Callable[[str, Tensor, Tensor], Tensor]
 
 LATENT_SITES = "latent_"
+EXCHANGED, STATIC = " exchanged", " static"  # behind the name of a part: what stands in its place
 NOTHING: frozenset[str] = frozenset()
 
 
@@ -98,18 +99,18 @@ class Level(nn.Module):
         """Units, after those the cache has seen, with what groups before theirs give them.
 
         Also what this level and those above made, as far up as groups became complete. `read` is for the states of
-        this level's sites. `ablate`: "latents" or "plan" leaves out what these give, and "exchanged" gives each row
-        those of another row; of a level above the first, "latents_2" and so on.
+        this level's sites. `ablate`: "latents" or "plan" leaves out what these give, "latents exchanged" gives each row
+        those of another row, "latents static" all rows and groups the same, their mean; likewise of the plan, and of
+        a level above the first, "latents_2" and so on.
         """
         start = cache.seen
         memory_BMKD, plan_BMHE, reduced_BMKD, above = self._groups(x_BNC, cache, read, ablate)
         cache.seen += x_BNC.shape[1]
         mark = "" if self.number == 1 else f"_{self.number}"
-        shift = int(f"exchanged{mark}" in ablate)
         if f"latents{mark}" not in ablate:
-            x_BNC = x_BNC + self.upsampler(x_BNC, start, _of_other_row(memory_BMKD, shift))
+            x_BNC = x_BNC + self.upsampler(x_BNC, start, ablated(memory_BMKD, f"latents{mark}", ablate))
         if f"plan{mark}" not in ablate:
-            x_BNC = x_BNC + self.plan_reader(x_BNC, start, _of_other_row(plan_BMHE, shift))
+            x_BNC = x_BNC + self.plan_reader(x_BNC, start, ablated(plan_BMHE, f"plan{mark}", ablate))
         expected_BMKD = None if self.expect is None else self.expect(memory_BMKD[:, 1:])
         return x_BNC, [LevelOutput(plan_BMHE[:, 1:], reduced_BMKD, expected_BMKD), *above]
 
@@ -160,5 +161,13 @@ class Level(nn.Module):
         return lambda layer, x_BND: read(latent_site(layer), x_BND, end_N)
 
 
-def _of_other_row(state_BMXD: Tensor, shift: int) -> Tensor:
-    return state_BMXD.roll(shift, 0) if shift else state_BMXD
+def ways_to_ablate(*parts: str) -> list[str]:
+    """For each part: nothing of it, another row's, or the same for all."""
+    return [f"{part}{way}" for part in parts for way in ("", EXCHANGED, STATIC)]
+
+
+def ablated(state_BMXD: Tensor, part: str, ablate: frozenset[str]) -> Tensor:
+    """What readers of a part get instead of it; the part itself where nothing is said of it."""
+    if part + EXCHANGED in ablate:
+        return state_BMXD.roll(1, 0)
+    return state_BMXD.mean((0, 1), keepdim=True).expand_as(state_BMXD) if part + STATIC in ablate else state_BMXD

@@ -7,7 +7,7 @@ import numpy as np
 import polars
 from torch import Tensor
 
-from schemas.evaluate_models import ModelRow
+from schemas.evaluate_models import ModelRow, UsageRow
 
 REFERENCE = "dense"
 
@@ -65,6 +65,16 @@ class ScoreTable:
             for row in self._rows
         )
         return tuple(sorted(compared, key=_score))
+
+
+def usage_row(model: str, part: str, lost_N: Tensor, size: int, place_N: np.ndarray) -> UsageRow:
+    """From the nats lost at every token of a text of `size` bytes, and the tokens' places in their groups."""
+    lost = lost_N.double().numpy()
+    places = np.bincount(place_N, weights=lost) / np.maximum(1, np.bincount(place_N))
+    bits = float(lost.sum()) / math.log(2) / size
+    return UsageRow(
+        model=model, part=part, difference=round(bits, 6), places=tuple(round(float(nats), 6) for nats in places)
+    )
 
 
 def _score(row: ModelRow) -> float:

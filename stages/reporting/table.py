@@ -43,8 +43,10 @@ def markdown(rows: Sequence[ModelRow], usage: Sequence[UsageRow], fitted: Fitted
             f"temperature {fitted.temperature:.4g}, forgetting {fitted.forgetting:.4g}.",
         ]
     if usage:
-        lines += ["", "| model | without | bits/byte lost |", "|---|---|--:|"]
-        lines += [f"| {row.model} | {row.part} | {row.difference:+.4f} |" for row in usage]
+        lines += ["", "| model | without | bits/byte lost | nats lost at each place of a group |", "|---|---|--:|---|"]
+        for lost in usage:
+            places = " ".join(f"{nats:+.3f}" for nats in lost.places)
+            lines.append(f"| {lost.model} | {lost.part} | {lost.difference:+.4f} | {places} |")
     return "\n".join(lines) + "\n"
 
 

@@ -201,11 +201,15 @@ def test_usage_says_what_every_part_is_worth(metrics, rows):
     for row in metrics.usage:
         parts.setdefault(row.model, set()).add(row.part)
         exchanged_for_equals = "seed copies" in row.model and row.part == "experts"
-        assert (row.difference == 0) == exchanged_for_equals
+        assert len(row.places) == 4
+        if " " not in row.part:
+            assert (row.difference == 0) == exchanged_for_equals
     composed = {name for name in rows if name.startswith("composed") and not name.endswith("per text")}
     assert set(parts) == {"central alone", *composed}
-    assert parts.pop("central alone") == {"latents", "plan"}
-    assert all(found == {"bridges", "experts", "latents", "plan"} for found in parts.values())
+    central = {"latents", "latents exchanged", "latents static", "plan", "plan exchanged", "plan static"}
+    assert parts.pop("central alone") == central
+    bridges = {"experts", "bridges", "bridges exchanged", "bridges static"}
+    assert all(found == central | bridges for found in parts.values())
 
 
 def test_predictions_do_not_depend_on_text_not_yet_given(metrics):

@@ -74,6 +74,8 @@ def test_padding_is_not_counted(store):
 def test_windows_start_where_a_document_or_a_full_window_ended(store):
     windows = Windows(store, [1, 2, 4], END, 8)
     assert windows.window_starts().tolist() == [0, 8, 12, 13, 21, 29, 37]
+    assert np.flatnonzero(windows.places() == 0).tolist() == [0, 8, 12, 13, 21, 29, 37]
+    assert windows.places().max() == 7 and (np.diff(windows.places())[windows.places()[1:] > 0] == 1).all()
 
 
 def test_windows_of_like_length_stand_together(store):

@@ -96,6 +96,26 @@ def test_without_bridges_it_is_the_central_model_exactly(bridge):
     assert not torch.equal(model(ids).logits_BTV, model.central(ids).logits_BTV)
 
 
+@BRIDGES
+def test_bridges_may_read_another_row_or_the_mean_of_all(bridge):
+    model, ids = composed(bridge).eval(), some_ids(2, 23)
+    same = ids[:1].expand(2, -1)
+    for part in ("bridges exchanged", "bridges static"):
+        changed = model(ids, ablate=frozenset({part})).logits_BTV
+        assert not torch.allclose(changed, model(ids).logits_BTV, atol=1e-3)
+    exchanged = frozenset({"bridges exchanged"})
+    torch.testing.assert_close(model(same, ablate=exchanged).logits_BTV, model(same).logits_BTV)
+
+
+def test_static_states_and_priors_are_their_means():
+    model, ids = composed(), some_ids(2, 9)
+    given = model.consult(ids, model.new_cache())
+    static = given.static()
+    for had, has in zip(given.state_XLBTE, static.state_XLBTE, strict=True):
+        torch.testing.assert_close(has[-1], had[-1].mean((0, 1)).expand_as(had[-1]))
+    torch.testing.assert_close(static.prior_BTXF, given.prior_BTXF.mean((0, 1)).expand_as(given.prior_BTXF))
+
+
 def test_experts_in_each_others_place_change_the_logits():
     model = composed(experts=(SEED, SEED), gate=False)
     ids = some_ids(2, 23)

@@ -18,7 +18,7 @@ from stages.nn.central import CentralLoss, CentralModel, shifted
 from stages.nn.composed import ComposedLoss, ComposedModel
 from stages.nn.decoder import Decoder
 from stages.nn.flops import forward_flops
-from stages.nn.levels import Level, LevelCache
+from stages.nn.levels import Level, LevelCache, ablated
 from stages.nn.planning import cost_of_pass
 
 VOCAB, TOKENS = 31, 37  # nine groups of four and a part of one
@@ -182,9 +182,20 @@ def test_a_level_above_is_heard_two_groups_after_what_it_read():
 def test_exchanging_gives_each_row_what_another_row_has():
     model, ids = make().eval(), some_ids(2)
     same = ids[:1].expand(2, -1)
-    exchanged = frozenset({"exchanged"})
-    assert torch.equal(model(same).logits_BTV, model(same, ablate=exchanged).logits_BTV)
-    assert not torch.allclose(model(ids).logits_BTV, model(ids, ablate=exchanged).logits_BTV, atol=1e-3)
+    for part in ("latents", "plan"):
+        exchanged = frozenset({f"{part} exchanged"})
+        assert torch.equal(model(same).logits_BTV, model(same, ablate=exchanged).logits_BTV)
+        assert not torch.allclose(model(ids).logits_BTV, model(ids, ablate=exchanged).logits_BTV, atol=1e-3)
+
+
+def test_static_gives_all_groups_of_all_rows_their_mean():
+    state = torch.randn(2, 5, 3, 4)
+    static = ablated(state, "plan", frozenset({"plan static", "latents exchanged"}))
+    torch.testing.assert_close(static, state.mean((0, 1)).expand_as(state))
+    assert ablated(state, "plan", frozenset({"plan_2 static", "latents"})) is state
+    model, ids = make().eval(), some_ids(2)
+    for part in ("latents static", "plan static"):
+        assert not torch.allclose(model(ids).logits_BTV, model(ids, ablate=frozenset({part})).logits_BTV, atol=1e-3)
 
 
 def test_the_default_computes_what_it_did_before_there_were_options():
@@ -284,10 +295,10 @@ def test_bridges_read_at_latents_of_another_width_below_other_levels(bridge):
     loud(model)
     assert set(model.bridges.depths) == {"latent_0", "latent_1", "token_0", "head"}
     row, seen = some_ids(1), []
-    model.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    model.central.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     parts = ComposedLoss(model.train())(row)
     parts["loss"].backward()
-    assert torch.equal(seen[-1], shifted(row, 8)[:, :-1])
+    assert torch.equal(seen[0], shifted(row, 8)[:, :-1])
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.bridges.parameters() if parameter.dim() > 1)
     model.eval()
     for token, moved in enumerate(moved_by(lambda ids: model(ids).logits_BTV.detach(), row, next_id)):

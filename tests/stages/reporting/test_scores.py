@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.reporting.scores import ScoreTable
+from stages.reporting.scores import ScoreTable, usage_row
 
 SOURCES = ["b", "a", "b", "c"]
 CLUSTERS = ["cluster 000", "cluster 001", "cluster 001", "cluster 000"]
@@ -80,3 +80,10 @@ def test_without_dense_nothing_is_compared():
     table = table_of([9, 8, 20, 4])
     add(table, "one", some_scores())
     assert [row.against_dense for row in table.rows()] == [None]
+
+
+def test_what_is_lost_without_a_part_is_told_in_all_and_by_place_in_a_group():
+    lost = torch.tensor([0.5, 0.0, 0.25, 1.0, 0.0])
+    row = usage_row("composed", "plan", lost, 7, np.array([0, 1, 2, 0, 1]))
+    assert row.difference == pytest.approx(1.75 / math.log(2) / 7, abs=1e-6)
+    assert row.places == (0.75, 0.0, 0.25)

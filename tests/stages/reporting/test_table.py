@@ -16,7 +16,7 @@ def row(number, dense=None, group="single"):
 
 
 ROWS = tuple(row(number, 1.5 * number, group) for number, group in enumerate(COLORS))
-USAGE = (UsageRow(model="composed", part="bridges", difference=0.0123),)
+USAGE = (UsageRow(model="composed", part="bridges static", difference=0.0123, places=(0.5, -0.25)),)
 
 
 def test_markdown_has_a_line_per_row_and_the_same_cells_in_each():
@@ -30,7 +30,8 @@ def test_markdown_has_a_line_per_row_and_the_same_cells_in_each():
 
 def test_markdown_says_what_parts_are_worth():
     text = markdown(ROWS, USAGE)
-    assert text.endswith("| model | without | bits/byte lost |\n|---|---|--:|\n| composed | bridges | +0.0123 |\n")
+    head = "| model | without | bits/byte lost | nats lost at each place of a group |\n|---|---|--:|---|\n"
+    assert text.endswith(head + "| composed | bridges static | +0.0123 | +0.500 -0.250 |\n")
     assert "bits/byte lost" not in markdown(ROWS, ())
 
 
