@@ -4,12 +4,13 @@
   composition (one folder per `name`, so that controls and bridge kinds live beside each other in a run)
 """
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from schemas.central import CentralShape
-from schemas.manifest import Manifest
+from schemas.manifest import Conversion, Manifest
 from schemas.strict import Config, Strict, runtime_setting
 from schemas.training import TrainingConfig, TrainingMetrics
 
@@ -139,11 +140,19 @@ class ComposeMetrics(Strict):
     training: TrainingMetrics = Field(description="The training run; its loss includes the concepts'.")
 
 
+def _of_states(manifest: dict[str, Any]) -> dict[str, Any]:
+    """From the first form, in which the experts' states were mixed in the end: there was no choice."""
+    config = manifest["config"]
+    return manifest | {"config": config | {"bridges": {"head": "states"} | config["bridges"]}}
+
+
 class ComposeManifest(Manifest):
     """Manifest of `central/`: config.json (`central` and `bridges`), model.safetensors (names begin likewise)."""
 
     command: ClassVar[str] = "compose"
     folder: ClassVar[str] = "central"
+    version: ClassVar[int] = 2
+    conversions: ClassVar[Mapping[int, Conversion]] = {1: _of_states}
 
     config: ComposeConfig
     metrics: ComposeMetrics

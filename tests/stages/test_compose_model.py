@@ -8,9 +8,12 @@ from safetensors.torch import load_file
 from schemas.central import CentralConfig, CentralShape
 from schemas.compose_model import BridgeConfig, BridgeTraining, CentralAloneManifest, ComposeConfig, ComposeManifest
 from schemas.failures import InterruptedFailure, UsageFailure
+from schemas.files import FileRef
+from schemas.progress import find_progress
 from schemas.train_gates import GatesConfig
 from schemas.training import TrainingConfig
 from stages import compose_model, train_gates
+from stages.artifacts.run_models import RunModels
 from stages.nn.composed import ComposedModel
 
 TRAINING = TrainingConfig(
@@ -55,7 +58,7 @@ def weights(run_dir, folder="central"):
 def test_both_trainings_are_finished_stages_that_say_what_they_came_to(composed_run):
     alone, composed = CentralAloneManifest.read(composed_run), ComposeManifest.read(composed_run)
     assert alone.metrics.training.steps == 6 and composed.metrics.training.steps == 5
-    assert alone.schema_id == "cpipe.compose-alone/1" and composed.schema_id == "cpipe.compose/1"
+    assert alone.schema_id == "cpipe.compose-alone/1" and composed.schema_id == "cpipe.compose/2"
     assert composed.metrics.experts == 3
     assert composed.metrics.parameters == alone.metrics.parameters + composed.metrics.bridge_parameters
     assert composed.metrics.trained_parameters == composed.metrics.parameters
@@ -180,3 +183,24 @@ def test_a_central_model_writes_no_text_while_it_is_trained(gated_run, composed_
         compose_model.run(asked, copied_run(gated_run))
     with pytest.raises(UsageFailure, match=r"^central-b cannot write text while it is trained"):
         compose_model.run(asked, shutil.copytree(composed_run, tmp_path / "composed"))
+
+
+def test_a_composition_from_before_there_was_a_head_is_one_of_states(composed_run, copied_run):
+    run_dir = copied_run(composed_run)
+    shutil.rmtree(run_dir / "central")
+    asked = settings(gates="joint", bridges=BridgeConfig(head="states"))
+    new = compose_model.run(asked, run_dir)
+    path = run_dir / "central/manifest.json"
+    content = json.loads(path.read_bytes())
+    del content["config"]["bridges"]["head"], content["digest"]
+    path.write_text(json.dumps(content | {"schema": "cpipe.compose/1"}))
+    old = ComposeManifest.read(run_dir)
+    assert old.config == asked and old.schema_id == new.schema_id
+    (step,) = find_progress([("compose", settings(gates="joint"))], run_dir)
+    assert 'bridges.head was "states" and is now "predictions"' in step.why
+    shapes = json.loads((run_dir / "central/config.json").read_text())
+    del shapes["bridges"]["head"]
+    (run_dir / "central/config.json").write_text(json.dumps(shapes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileRef, "check", lambda self, folder: folder / self.path)  # it is not the file that was written
+        assert RunModels.find(run_dir).composition("central")["bridges"] == BridgeConfig(head="states")
