@@ -232,9 +232,8 @@ class ComposedModel(nn.Module):
         experts = self.consult(ids_BT, cache, active, target_BT)
         x_BTD, levels = self._states(ids_BT, cache, experts)
         own_BT = token_log_probs(self.central.lm_head(x_BTD), target_BT)
-        if self.config.head == "states":
+        if experts.target_BTX is None:
             return own_BT, levels
-        assert experts.target_BTX is not None
         log_BTX = torch.cat([own_BT[..., None], experts.target_BTX], -1)
         return (self._log_shares(x_BTD, experts) + log_BTX).logsumexp(-1), levels
 
@@ -277,7 +276,8 @@ class ComposedModel(nn.Module):
         target_BT: Tensor | None = None,
     ) -> ExpertStates:
         """What the frozen experts, and the gates, make of the tokens after those the cache has seen."""
-        states = self.experts(ids_BT, cache.experts, active, target_BT)
+        known_BT = target_BT if self.config.head == "predictions" else None
+        states = self.experts(ids_BT, cache.experts, active, known_BT)
         if self.gate is not None:
             gate_BTXF = self.gate(ids_BT, cache.gate)[..., None].float()
             states.prior_BTXF = torch.cat([gate_BTXF, states.prior_BTXF], -1)
