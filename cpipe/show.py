@@ -165,8 +165,8 @@ def _other_folders(run_dir: Path, known: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def _begun_beside(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """What was begun beside the stages' own folders and is not finished: the dense baseline, domains."""
-    places = [run_dir / "dense", *run_dir.glob(f"{AddedManifest.folder}/*/")]
+    """What was begun beside the stages' own folders and is not finished: dense baselines, domains."""
+    places = [*run_dir.glob("dense/"), *run_dir.glob("dense-*/"), *run_dir.glob(f"{AddedManifest.folder}/*/")]
     for folder in (place.relative_to(run_dir).as_posix() for place in sorted(places)):
         if (state := state_of(run_dir, folder)).startswith("begun"):
             yield {"stage": AddedManifest.command, "folder": folder, "state": state}

@@ -135,7 +135,9 @@ class ComposeMetrics(Strict):
     trained_parameters: int = Field(description="Those that were trained with the experts in place.")
     expert_parameters: int = Field(description="Frozen weights of all experts together; each runs on every token.")
     experts: int = Field(description="Number of experts.")
-    frozen_checksum: float = Field(description="Of the experts' weights, the same before and after training.")
+    frozen_checksum: float = Field(
+        description="Of the experts' weights, the same before and after training (under ZeRO 3 it trains copies)."
+    )
     usage: Usage = Field(description="What each part is worth.")
     training: TrainingMetrics = Field(description="The training run; its loss includes the concepts'.")
 

@@ -19,7 +19,7 @@ from schemas.report_run import DERIVED
 from schemas.run_manifests import FROM_OUTSIDE, manifest_folders, read_manifest
 from schemas.strict import Config
 from schemas.tokenize_text import TokenizeConfig, TokenizeManifest
-from schemas.train_experts import AddedManifest, ExpertsConfig, ExpertsManifest
+from schemas.train_experts import AddedManifest, ExpertsConfig, ExpertsManifest, is_further
 from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedManifest
 
@@ -136,7 +136,8 @@ def _experts_step(config: ExpertsConfig, clusters: int | None, run_dir: Path, ch
     if config.add and config.add not in [name for _, name in domains]:
         missing.append(f"{AddedManifest.folder}/{config.add}")
     if missing:
-        return Step(command, folder, "run", tuple(f"{name} is not finished" for name in missing))
+        beside = missing[0] if all(map(is_further, missing)) else folder
+        return Step(command, beside, "run", tuple(f"{name} is not finished" for name in missing))
     if config.expert is None:
         whole = read_manifest(run_dir, folder)
         if whys := [*changed_settings(whole.config, config), *_changes(whole, _now(whole, run_dir))]:
@@ -183,7 +184,7 @@ def _models(run_dir: Path, changing: Iterable[str]) -> set[str]:
     found = {
         path.parent.relative_to(run_dir).as_posix() for name in MODELS for path in run_dir.glob(f"{name}/{FILE_NAME}")
     }
-    return found | {name for name in changing if name.startswith("central") or name == "gates"}
+    return found | {name for name in changing if name.startswith("central") or name == "gates" or is_further(name)}
 
 
 def _finished(command: str, folder: str, whys: Sequence[str], inputs: Iterable[str], changing: Iterable[str]) -> Step:

@@ -49,6 +49,11 @@ def is_further(folder: str) -> bool:
     return folder.startswith(f"{DENSE}-")
 
 
+def flags_of(folder: str) -> str:
+    """What `cpipe train-experts RUN` needs besides to train a further dense baseline alone; nothing for others."""
+    return f" --dense-steps {folder.removeprefix(f'{DENSE}-')} --expert {folder}" if is_further(folder) else ""
+
+
 class ExpertsConfig(Config):
     """Experts branched from the seed, one per cluster, and a dense baseline that sees as many tokens as all of them."""
 
@@ -105,6 +110,12 @@ class ExpertsConfig(Config):
         if any(each < 1 for each in steps) or len(set(steps)) < len(steps):
             raise ValueError(f"numbers of steps must be positive, and each another, found {list(steps)}")
         return steps
+
+    @model_validator(mode="after")
+    def _is_longer_or_shorter(self) -> Self:
+        if self.dense and self.training.steps in self.dense_steps:
+            raise ValueError(f"dense_steps {self.training.steps} is what the dense baseline takes anyway: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _names_what_is_added(self) -> Self:

@@ -47,6 +47,7 @@ from stages.reporting.routing import RoutingTable
 from stages.reporting.scores import ScoreTable, usage_row
 from stages.reporting.table import as_json, markdown, plot
 
+TOGETHER = 16  # windows among which one gets what a part gives another
 Forward = Callable[[Tensor], Tensor]  # ids [B, T] -> logits [B, T, V]
 
 
@@ -262,11 +263,11 @@ class Evaluation:
 
     def _add_usage(self, label: str, model: ComposedModel | CentralModel, *parts: str) -> None:
         windows = self.usage_windows
-        central = model if isinstance(model, CentralModel) else model.central
-        place_N = windows.places() % central.config.group_length
-        whole = self.score(partial(_logits, model, frozenset()), label, windows)
+        score = partial(self.score, windows=windows, size=TOGETHER)
+        place_N = windows.places() % (model if isinstance(model, CentralModel) else model.central).config.group_length
+        whole = score(partial(_logits, model, frozenset()), label)
         for part in parts:
-            lost = whole - self.score(partial(_logits, model, frozenset({part})), f"{label} without {part}", windows)
+            lost = whole - score(partial(_logits, model, frozenset({part})), f"{label} without {part}")
             self.usage.append(usage_row(label, part, lost, windows.bytes, place_N))
         ids = next(windows.batches(4)).ids.to(device())
         self.prefix_gap = max(self.prefix_gap, gap_to_prefix(partial(_logits, model, frozenset()), ids))

@@ -21,7 +21,7 @@ from schemas.manifest import Manifest
 from schemas.report_run import FILE_NAME, SAMPLES, TRAINING_SAMPLES, ReportConfig, Sample, Samples, TrainingSample
 from schemas.run_manifests import FROM_OUTSIDE, broken_links, manifest_folders, read_manifest
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_experts import ExpertManifest, ExpertsManifest
+from schemas.train_experts import ExpertManifest, ExpertsManifest, is_further
 from schemas.train_gates import GatesManifest
 from schemas.training import TrainingMetrics
 from stages.reporting.charts import Graph, LineChart, Series, graph, line_chart
@@ -74,7 +74,7 @@ def stream(config: ReportConfig, run_dir: Path) -> Iterator[FileRef]:
 
 def _order(folder: str) -> tuple[int, str]:
     """As the pipeline makes them: compositions after the central model, what is not known before the evaluation."""
-    first = folder.split("/")[0]
+    first = "dense" if is_further(folder) else folder.split("/")[0]
     place = ORDER.index(first) if first in ORDER else len(ORDER)
     return place + 1 if folder == EvaluateManifest.folder else place, folder
 

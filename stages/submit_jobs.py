@@ -39,7 +39,7 @@ AFTER: dict[str, tuple[str, ...]] = {
     "train-experts": ("cluster", "train-seed", "import"),
     "train-gates": ("train-experts",),
     "compose": ("train-gates",),
-    "evaluate": ("compose",),
+    "evaluate": ("train-experts", "compose"),
 }  # the last job of a stage has the stage's name
 
 

@@ -17,7 +17,7 @@ from schemas.files import CHUNK, FileRef
 from schemas.manifest import FILE_NAME, Manifest, key_of
 from schemas.report_run import DERIVED
 from schemas.run_manifests import broken_links, manifest_folders, read_manifest
-from schemas.train_experts import AddedManifest
+from schemas.train_experts import AddedManifest, flags_of
 from schemas.verify_run import CheckedFolder, Fault, Problem, VerifyConfig
 from schemas.version import VERSION
 
@@ -57,7 +57,9 @@ def _read_manifests(run_dir: Path, folders: list[str]) -> tuple[dict[str, Manife
 
 def _problem(path: str, fault: Fault, run_dir: Path, why: str, manifest: Manifest) -> Problem:
     # What was added later is made from text that no setting names.
-    more = f" --add {manifest.config.name} TEXT" if isinstance(manifest, AddedManifest) else ""
+    more = (
+        f" --add {manifest.config.name} TEXT" if isinstance(manifest, AddedManifest) else flags_of(path.split("/")[0])
+    )
     message = f"{run_dir / path} {why}: run `cpipe {manifest.command}{more}` with --force"
     return Problem(path=path, fault=fault, message=message)
 

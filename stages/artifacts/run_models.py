@@ -18,7 +18,7 @@ from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
 from schemas.manifest import FILE_NAME, InputRef, Manifest
 from schemas.tokenize_text import TokenizeManifest
-from schemas.train_experts import DENSE, ExpertManifest, ExpertsManifest
+from schemas.train_experts import DENSE, ExpertManifest, ExpertsManifest, flags_of
 from schemas.train_gates import GateMode, GatesManifest, Place, label_of
 from schemas.train_seed import SeedManifest
 from stages.artifacts.adapter_folder import read_adapted, read_adapter
@@ -93,7 +93,7 @@ class RunModels:
                 if there.get(ref.name, ref.digest) != ref.digest:
                     raise UsageFailure(
                         f"{self.run_dir / name} was made from another {ref.name} than is there now: "
-                        f"run `cpipe {made[name].command} {self.run_dir} --force`, or remove the folder"
+                        f"run `cpipe {made[name].command} {self.run_dir}{flags_of(name)} --force`, or remove the folder"
                     )
 
     def as_inputs(self) -> list[InputRef]:
@@ -210,7 +210,7 @@ def read_expert(run_dir: Path, folder: str, seed: SeedManifest, seed_decoder: Ca
     if seed.as_input() not in manifest.inputs:
         raise UsageFailure(
             f"{run_dir / folder} was trained from another seed than is there now: "
-            f"run `cpipe {manifest.command} {run_dir} --force`"
+            f"run `cpipe {manifest.command} {run_dir}{flags_of(folder)} --force`"
         )
     return read_model(run_dir, manifest, folder)
 

@@ -83,13 +83,16 @@ class Windows:
         return np.concatenate([np.arange(count) % self._length for count in self.lengths])
 
     def batches(self, size: int) -> Iterator[WindowBatch]:
-        """All windows, `size` at a time, those of like length together so that little is padding."""
+        """All windows, `size` at a time, those of like length together so that little is padding.
+
+        Neighbours are of different documents, as far as there are such: what stands beside a text is another text.
+        """
         spans = [
             (number, first, min(first + self._length, int(count)))
             for number, count in enumerate(self.lengths)
             for first in range(0, int(count), self._length)
         ]
-        spans.sort(key=lambda span: (span[1] - span[2], span))
+        spans.sort(key=lambda span: (span[1] - span[2], span[1], span[0]))
         for start in range(0, len(spans), size):
             yield self._batch(spans[start : start + size])
 

@@ -25,7 +25,6 @@ from stages.nn.attention import Layer, rotary_angles
 from stages.nn.decoder import Decoder
 from stages.nn.masking import causal_mask
 from stages.nn.packing import PackedLayer, across
-from stages.nn.packing import packable as packable
 
 FIRST_ROOM = 256  # positions; doubled whenever they are used up
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stages.nn.choice import ChosenExperts
 from stages.nn.decoder import Decoder
-from stages.nn.decoding import PackedDecoder, begin_text, packable
+from stages.nn.decoding import PackedDecoder, begin_text
+from stages.nn.packing import packable
 
 
 class Restarts(Protocol):

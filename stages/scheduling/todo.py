@@ -1,7 +1,7 @@
 """Which stages of a run jobs have still to be made for.
 
 - a job cannot be taken back when what it was made from comes out as before, so what comes after a stage that has to be
-  done is to be done too; finding it up to date costs little
+  done is to be done too; finding it up to date costs little. A further dense baseline is nothing others are made from
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from schemas.failures import StaleFailure
 from schemas.progress import Step
+from schemas.train_experts import is_further
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def find_todo(steps: Sequence[Step], after: Mapping[str, Sequence[str]], run_dir
 
     Raises StaleFailure for one that is finished otherwise than asked for, unless forced.
     """
-    todo, again, forced = set[str](), set[str](), set[str]()
+    todo, again, forced, beside = set[str](), set[str](), set[str](), set[str]()
     for command in dict.fromkeys(step.stage for step in steps):
         states = {step.state for step in steps if step.stage == command}
         if "again" in states and not force:
@@ -35,10 +36,12 @@ def find_todo(steps: Sequence[Step], after: Mapping[str, Sequence[str]], run_dir
                 f"{run_dir / step.folder} is finished, but {'; '.join(step.why)}: "
                 "give --force to do it again, or use another run"
             )
-        if "again" in states or not todo.isdisjoint(after[command]):
+        if "again" in states or not (todo - beside).isdisjoint(after[command]):
             again.add(command)
         if command in again or "run" in states:
             todo.add(command)
+        if all(is_further(step.folder) for step in steps if step.stage == command):
+            beside.add(command)
         if force and command in again:
             forced.add(command)
     return Todo(frozenset(todo), frozenset(again), frozenset(forced))

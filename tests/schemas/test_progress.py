@@ -58,7 +58,7 @@ def test_without_the_dense_baseline_only_what_holds_the_experts_together_is_writ
 def test_a_further_dense_baseline_is_missing_until_it_is_trained(experts: ExpertsConfig, expert_run: Path) -> None:
     asked = experts.model_copy(update={"dense_steps": (9,)})
     (step,) = find_progress([("train-experts", asked)], expert_run)
-    assert (step.state, step.why) == ("run", ("dense-9 is not finished",))
+    assert (step.folder, step.state, step.why) == ("dense-9", "run", ("dense-9 is not finished",))
     (step,) = find_progress([("train-experts", asked.model_copy(update={"expert": "dense-9"}))], expert_run)
     assert (step.folder, step.state) == ("dense-9", "run")
 

@@ -155,7 +155,7 @@ def test_each_job_waits_for_those_it_needs(slurm, config, tmp_path):
         "gates": [number["train-experts"]],
         "train-gates": [number["train-experts"], number["gates"]],
         "compose": [number["train-gates"]],
-        "evaluate": [number["compose"]],
+        "evaluate": [number["train-experts"], number["compose"]],
     }
     arrays = {job: tasks for job, (_, _, tasks) in found.items() if tasks}
     assert arrays == {"tokenize-shards": "1-4", "experts": "0-2", "gates": "0-2"}
@@ -174,6 +174,12 @@ def test_every_further_dense_baseline_is_a_job_of_its_own(slurm, config, trainin
     assert baselines == ["dense", "dense-20", "dense-30"]
     assert found["train-experts"][1] == [str(found[job][0]) for job in ("experts", *baselines)]
     assert "--expert dense-20" in (tmp_path / "run/slurm/dense-20.sh").read_text()
+
+
+def test_a_further_dense_baseline_of_finished_experts_is_all_that_is_missing(slurm, config, expert_run, training):
+    longer = ExpertsConfig(training=training, dense_steps=(20,))
+    rows = states(run(config(until="train-experts", train_experts=longer, submit=False), expert_run))
+    assert [job for job, state in rows.items() if state == "to submit"] == ["dense-20", "train-experts"]
 
 
 def test_without_submit_scripts_are_written_and_nothing_is_called(slurm, config, tmp_path):

@@ -141,12 +141,20 @@ def test_a_further_dense_baseline_takes_its_own_steps_and_leaves_the_rest_as_it_
 
 
 @pytest.mark.parametrize("steps", [(0,), (-3,), (9, 9)])
-def test_steps_of_further_dense_baselines_are_positive_and_differ(steps, config):
+def test_steps_of_further_dense_baselines_are_positive_and_differ(steps):
     with pytest.raises(ValueError, match="must be positive, and each another"):
-        ExpertsConfig.from_mapping({"dense_steps": steps})
+        ExpertsConfig(dense_steps=steps)
+    with pytest.raises(ValueError, match="1000 is what the dense baseline takes anyway"):
+        ExpertsConfig(dense_steps=(1000,))
+    assert ExpertsConfig(dense_steps=(1000,), dense=False).all_dense() == {"dense-1000": 1000}
 
 
-@pytest.mark.parametrize("dense, expert", [(True, "3"), (True, "17"), (False, "dense"), (True, "dense-7")])
+def test_a_further_dense_baseline_that_is_not_in_the_settings_is_refused_with_what_to_give(expert_run, config):
+    with pytest.raises(UsageFailure, match=r"--expert dense-12 is not one of .*; give --dense-steps 12 too"):
+        train_experts.run(config.model_copy(update={"expert": "dense-12"}), expert_run)
+
+
+@pytest.mark.parametrize("dense, expert", [(True, "3"), (True, "17"), (False, "dense")])
 def test_a_member_that_is_none_is_refused(dense, expert, seeded_run, copied_run, config, calls):
     asked = config.model_copy(update={"expert": expert, "dense": dense})
     with pytest.raises(UsageFailure, match=f"--expert {expert} is not one of experts/000, experts/001, experts/002"):

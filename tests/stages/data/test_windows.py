@@ -83,6 +83,13 @@ def test_windows_of_like_length_stand_together(store):
     assert longest == sorted(longest, reverse=True)
 
 
+def test_windows_that_stand_together_are_of_different_documents(store_of):
+    store = store_of([("a", 24), ("a", 24), ("b", 24)])
+    (batch,) = Windows(store, range(3), END, 8).batches(16)
+    document = np.array([place // 24 for place in batch.place[::8]])
+    assert (document != np.roll(document, 1)).all()
+
+
 def tokens_of(store, documents, source=None):
     return sum(int(store.lengths[d]) for d in documents if source in (None, store.sources[d]))
 

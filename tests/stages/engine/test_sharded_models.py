@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from toy_training import config, weights
 
-from schemas.central import CentralConfig, LevelShape
-from schemas.compose_model import BridgeConfig, CentralShape
+from schemas.central import CentralConfig, CentralShape, LevelShape
+from schemas.compose_model import BridgeConfig
 from schemas.decoder import DecoderConfig
 from stages.engine.loop import train
 from stages.nn.central import CentralLoss, CentralModel

@@ -4,7 +4,7 @@ import pytest
 
 from schemas.cluster_documents import ClusterConfig
 from schemas.failures import IntegrityFailure, StaleFailure
-from schemas.progress import find_progress
+from schemas.progress import Step, find_progress
 from schemas.tokenize_text import TokenizeConfig
 from schemas.train_seed import SeedConfig
 from stages.scheduling.todo import Todo, find_todo
@@ -91,3 +91,18 @@ def test_no_file_but_manifests_is_read(stages, seeded_run, copied_run):
         if path.is_file() and path.name != "manifest.json":
             path.write_bytes(bytes(path.stat().st_size))
     assert find(stages, run_dir) == todo()
+
+
+def test_after_a_further_dense_baseline_the_table_alone_is_made_again(tmp_path):
+    steps = [
+        Step("train-experts", "dense-20", "run", ("dense-20 is not finished",)),
+        Step("train-gates", "gates", "up to date", ()),
+        Step("evaluate", "reports", "again", ("its input dense-20 is new",)),
+    ]
+    after = {"train-experts": (), "train-gates": ("train-experts",), "evaluate": ("train-experts", "train-gates")}
+    with pytest.raises(StaleFailure, match="its input dense-20 is new: give --force"):
+        find_todo(steps, after, tmp_path, force=False)
+    found = find_todo(steps, after, tmp_path, force=True)
+    assert found == todo("train-experts", "evaluate", again=("evaluate",), forced=("evaluate",))
+    of_all = [steps[0]._replace(folder="experts"), *steps[1:]]
+    assert "train-gates" in find_todo(of_all, after, tmp_path, force=True).forced
