@@ -58,7 +58,7 @@ class Submission:
         now = left if self._room is None else left[: self._room]
         parts = cut(tasks[: len(now)], self._limits) if tasks else [Part(0, ())] * len(now)
         rows, waits = [], [key for name in job.after for key in self._waits.get(name, ())]
-        before: int | None = None
+        before = self._last(job.name, active)
         for part in parts:
             follows = before if job.resources.at_once else None
             before = _sbatch(job, part, waits, self._run_dir, follows)
@@ -71,6 +71,11 @@ class Submission:
         if rest := left[len(now) :]:
             rows.append(row_of(job.name, rest, None, "to submit"))
         return rows
+
+    def _last(self, job: str, active: set[str]) -> int | None:
+        """The number of its newest array or part with tasks among those in the queue, which waits for those before."""
+        numbers = (one.number for one in self._records if one.job == job and not active.isdisjoint(one.listed_as()))
+        return max(numbers, default=None)
 
     def _kept(self, job: Job) -> Keys:
         """Its tasks that stay in the queue, and their keys; what would wait in vain is taken out."""

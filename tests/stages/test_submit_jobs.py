@@ -84,9 +84,15 @@ class FakeSlurm:
             options = dict(
                 word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word
             )
-            waits = options.get("dependency", "").removeprefix("afterok:")
-            found.append((Path(script).stem, number, [w for w in waits.split(":") if w], options.get("array"), begin))
+            kinds = dict(kind.split(":", 1) for kind in options.get("dependency", "").split(",") if kind)
+            waits = kinds.get("afterok", "").split(":")
+            found.append((Path(script).stem, number, [w for w in waits if w], options.get("array"), begin))
         return found
+
+    def dependencies(self, job):
+        """Of one job, by array that was submitted: its dependency as sbatch is given it."""
+        words = [words for words, _ in self.calls("sbatch") if f"/{job}.sh" in "".join(words)]
+        return [next((word.split("=", 1)[1] for word in each if word.startswith("--dep")), "") for each in words]
 
 
 def recorded(run_dir):
@@ -231,6 +237,7 @@ def test_of_an_array_only_what_is_missing_is_submitted_and_waited_for(slurm, con
     run(config(until="train-experts", slurm="[train-experts]\nat_once = 2"), run_dir)
     again = slurm.submitted(since=2)
     assert again == {"experts": (103, [], "1%2"), "train-experts": (104, ["101_2", "103"], None)}
+    assert slurm.dependencies("experts") == ["", "afterany:101"]
     assert [words for words, _ in slurm.calls("scancel")] == [["--quiet", "102"]]  # it would have waited for ever
     assert [record["number"] for record in recorded(run_dir)] == [101, 103, 104]
 
@@ -523,6 +530,27 @@ def test_parts_of_an_array_that_must_not_run_all_at_once_run_one_after_the_other
     first, second = (words for words, _ in slurm.calls("sbatch") if "/experts.sh" in "".join(words))
     assert "--array=0-1%1" in first and "--array=0%1" in second
     assert "--dependency=afterok:102:103" in first and "--dependency=afterok:102:103,afterany:104" in second
+
+
+def test_parts_that_must_not_run_all_at_once_wait_for_those_of_earlier_commands(slurm, config, expert_run, copied_run):
+    run_dir = copied_run(expert_run)
+    for path in ("experts", *(f"experts/00{expert}" for expert in range(3))):
+        (run_dir / path / "manifest.json").unlink()
+    slurm.says("scontrol", "MaxArraySize = 1")
+    asked = config(until="train-experts", slurm="[train-experts]\nat_once = 1")
+    for most in (1, 2):  # each command submits one part: the second's waits for the first's
+        slurm.says("sacctmgr", f"lab|{most}\n")
+        run(asked, run_dir)
+        slurm.queue(run_dir, _101_0="RUNNING")
+    slurm.queue(run_dir, _101_0="RUNNING", _102_0="PENDING")
+    slurm.says("sacctmgr", "lab|9\n")
+    run(asked, run_dir)
+    assert [part[2:] for part in slurm.parts("experts")] == [("0%1", None), ("0%1", "1"), ("0%1", "2")]
+    assert slurm.dependencies("experts") == ["", "afterany:101", "afterany:102"]
+    assert slurm.submitted()["train-experts"][1] == ["101", "102", "103"]
+    slurm.queue(run_dir, _101_0="FAILED", _102_0="FAILED", _103_0="FAILED")
+    run(asked, run_dir)
+    assert slurm.dependencies("experts")[3:] == ["", "afterany:105", "afterany:106"]  # nothing of it is left to wait for
 
 
 def test_where_slurm_takes_so_many_jobs_no_more_are_submitted_and_later_the_rest(slurm, config, expert_run, copied_run):
