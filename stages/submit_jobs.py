@@ -56,9 +56,11 @@ def run(config: SubmitConfig, run_dir: Path, *, force: bool = False) -> list[Job
         _write_scripts(jobs, config, run_dir, limits)
         missing = {job.name: _missing(job, todo, config, run_dir) for job in jobs}
         if config.submit:
-            at_most = job_queue.submit_limit({job.resources.account for job in jobs if job.resources.account})
-            submission = Submission(run_dir, config.program, limits, at_most)
-            return [row for job in jobs for row in submission.add(job, missing[job.name])]
+            room = job_queue.room(dict.fromkeys(job.resources.account for job in jobs if missing[job.name]))
+            submission = Submission(run_dir, config.program, limits, room)
+            rows = [row for job in jobs for row in submission.add(job, missing[job.name])]
+            submission.say_what_is_held_back()
+            return rows
         return [row_of(name, tasks, None, "to submit" if tasks else "finished") for name, tasks in missing.items()]
 
 

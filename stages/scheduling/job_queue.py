@@ -9,8 +9,9 @@ import getpass
 import os
 import re
 import subprocess
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from schemas.failures import ResourceFailure, UsageFailure
 from schemas.submit_jobs import JobRecord
@@ -78,24 +79,53 @@ def array_limits() -> tuple[int, int] | None:
     return int(size[1]), int((tasks or size)[1])
 
 
-def submit_limit(accounts: Collection[str]) -> int | None:
+class Room(NamedTuple):
+    """How many jobs and tasks one user may have in the queue at a time, and how many are there."""
+
+    limit: int
+    queued: int
+    account: str | None  # that pays; None: all of the user's
+
+    @property
+    def left(self) -> int:
+        """How many more may be submitted."""
+        return max(0, self.limit - self.queued)
+
+
+def room(accounts: Iterable[str | None]) -> Room | None:
+    """The least room that these accounts leave (None: none is named); None where nothing limits them.
+
+    Raises ResourceFailure when the queue cannot be asked.
+    """
+    limits = {account: submit_limit(account) for account in accounts}
+    found = [Room(limit, in_queue(account), account) for account, limit in limits.items() if limit is not None]
+    return min(found, key=lambda one: one.left, default=None)
+
+
+def submit_limit(account: str | None) -> int | None:
     """How many jobs and tasks one user may have in the queue at a time (MaxSubmitJobs); None where nothing says.
 
-    accounts: those that pay; none named: any of the user's
+    account: that pays; None: which of the user's it is only sbatch knows, so it is the largest limit of any
     """
-    words = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}"]
     try:
+        words = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}"]
         done = _call([*words, "format=Account,MaxSubmit"])
-    except (UsageFailure, ResourceFailure):
+    except (KeyError, OSError, UsageFailure, ResourceFailure):  # a user without a name: OSError from Python 3.13 on
         return None
     found = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
-    limits = [int(limit) for account, limit in found if limit.isdecimal() and account in (accounts or [account])]
-    return min(limits) if limits and not done.returncode else None
+    limits = [limit for name, limit in found if account in (None, name)]
+    if done.returncode or not limits or not all(limit.isdecimal() for limit in limits):
+        return None
+    return max(map(int, limits))
 
 
-def in_queue() -> int:
-    """How many jobs and tasks this user has in the queue, of whatever run. Raises ResourceFailure."""
-    done = _call(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i"])
+def in_queue(account: str | None) -> int:
+    """How many jobs and tasks this user has in the queue, of whatever run. Raises ResourceFailure.
+
+    account: count only those that it pays for; None: all
+    """
+    paid = [f"--account={account}"] if account else []
+    done = _call(["squeue", "--noheader", "--array", f"--user={os.getuid()}", *paid, "--format=%i"])
     if done.returncode:
         raise ResourceFailure(f"cannot ask Slurm for its queue: {_last_line(done.stderr)}: try again later")
     return sum(bool(line.strip()) for line in done.stdout.splitlines())

@@ -20,6 +20,7 @@ from schemas.files import write_bytes
 from schemas.strict import explain
 from schemas.submit_jobs import FOLDER, RECORD, JobRecord, JobRow, JobsRecord
 from stages.scheduling import job_queue
+from stages.scheduling.job_queue import Room
 from stages.scheduling.limits import ArrayLimits, cut
 from stages.scheduling.scripts import Job, Part, job_name, ranges
 
@@ -29,14 +30,16 @@ Keys = dict[int | None, str]  # as Slurm lists them, by task; None: of a job tha
 class Submission:
     """Jobs submitted one after the other, each after those it needs; the record is written after each."""
 
-    def __init__(self, run_dir: Path, program: Sequence[str], limits: ArrayLimits, at_most: int | None) -> None:
-        """`at_most`: how many jobs and tasks may be in the queue; None: as many as there are."""
+    def __init__(self, run_dir: Path, program: Sequence[str], limits: ArrayLimits, room: Room | None) -> None:
+        """`room`: how many more jobs and tasks may be in the queue; None: as many as there are."""
         self._run_dir = run_dir
         self._program = program
         self._limits = limits
         self._records = list(read_record(run_dir))
         self._known = job_queue.states(self._records)
-        self._room = None if at_most is None else max(0, at_most - job_queue.in_queue())
+        self._room = room
+        self._left = room.left if room else None
+        self._held = 0
         self._waits: dict[str, list[str]] = {}  # by job: what Slurm is to wait for
         self._anew: set[str] = set()
 
@@ -52,10 +55,22 @@ class Submission:
             rows += self._submit(job, left, set(active.values()))
         return rows
 
+    def say_what_is_held_back(self) -> None:
+        """Log how many jobs and tasks there was no room for, and why."""
+        if self._held and self._room:
+            logger.warning(
+                "{} jobs and tasks are held back: Slurm takes {} at a time (MaxSubmitJobs{}), and {} were in the "
+                "queue: when some have ended, give the same command again",
+                self._held,
+                self._room.limit,
+                f" of account {self._room.account}" if self._room.account else "",
+                self._room.queued,
+            )
+
     def _submit(self, job: Job, left: Sequence[int | None], active: set[str]) -> list[JobRow]:
         """Submit these tasks, in as many parts as it takes; those that there is no room for are left."""
         tasks = [task for task in left if task is not None]
-        now = left if self._room is None else left[: self._room]
+        now = left if self._left is None else left[: self._left]
         parts = cut(tasks[: len(now)], self._limits) if tasks else [Part(0, ())] * len(now)
         rows, waits = [], [key for name in job.after for key in self._waits.get(name, ())]
         before = self._last(job.name, active)
@@ -66,9 +81,10 @@ class Submission:
             active.add(str(before))
             self._waits[job.name].append(str(before))
             rows.append(row_of(job.name, part.tasks or (None,), before, "submitted"))
-        if self._room is not None:
-            self._room = 0 if len(now) < len(left) else self._room - len(now)
+        if self._left is not None:
+            self._left -= len(now)
         if rest := left[len(now) :]:
+            self._held += len(rest)
             rows.append(row_of(job.name, rest, None, "to submit"))
         return rows
 

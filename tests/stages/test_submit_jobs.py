@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from loguru import logger
 
 from cpipe.pipeline import PIPELINE
 from schemas.cluster_documents import ClusterConfig
@@ -550,7 +551,11 @@ def test_parts_that_must_not_run_all_at_once_wait_for_those_of_earlier_commands(
     assert slurm.submitted()["train-experts"][1] == ["101", "102", "103"]
     slurm.queue(run_dir, _101_0="FAILED", _102_0="FAILED", _103_0="FAILED")
     run(asked, run_dir)
-    assert slurm.dependencies("experts")[3:] == ["", "afterany:105", "afterany:106"]  # nothing of it is left to wait for
+    assert slurm.dependencies("experts")[3:] == [
+        "",
+        "afterany:105",
+        "afterany:106",
+    ]  # nothing of it is left to wait for
 
 
 def test_where_slurm_takes_so_many_jobs_no_more_are_submitted_and_later_the_rest(slurm, config, expert_run, copied_run):
@@ -580,6 +585,26 @@ def test_where_slurm_takes_so_many_jobs_no_more_are_submitted_and_later_the_rest
     slurm.says("squeue", "7|RUNNING|x\n" * 9)
     rows = run(asked, run_dir)
     assert {row.state for row in rows} == {"finished", "to submit"} and len(slurm.calls("sbatch")) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "counted", "of"), [("", "", ""), ('account = "lab"', "--account=lab", " of account lab")]
+)
+def test_what_is_held_back_is_told_in_one_line(slurm, config, tmp_path, settings, counted, of):
+    lines = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]), level="WARNING")
+    slurm.says("sacctmgr", "other|2\nlab|5\n")
+    slurm.says("squeue", "7\n8\n")
+    run(config(slurm=settings), tmp_path / "run")  # 14 jobs and tasks
+    slurm.says("sacctmgr", "other|2\nlab|\n")
+    run(config(slurm=settings), tmp_path / "free")
+    logger.remove(sink)
+    assert lines == [
+        f"11 jobs and tasks are held back: Slurm takes 5 at a time (MaxSubmitJobs{of}), and 2 were in the queue: "
+        "when some have ended, give the same command again"
+    ]
+    ((words, _),) = slurm.calls("squeue")
+    assert counted in words if counted else not any("account" in word for word in words)
 
 
 HOSTILE = [

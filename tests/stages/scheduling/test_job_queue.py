@@ -103,34 +103,61 @@ def test_without_scontrol_no_limit_is_known(command):
 
 
 @pytest.mark.parametrize(
-    ("line", "accounts", "limit"),
+    ("line", "account", "limit"),
     [
-        ("echo 'lab|500'", set(), 500),
-        ("printf 'lab|500\\nother|20\\n'", set(), 20),
-        ("printf 'lab|500\\nother|20\\n'", {"lab"}, 500),
-        ("printf 'lab|\\nother|20\\n'", {"lab"}, None),
-        ("echo 'lab|'", set(), None),
-        ("echo 'lab|500'; exit 1", set(), None),
-        ("echo 'You are not running a supported accounting_storage plugin'", set(), None),
-        ("exec sleep 20", set(), None),
+        ("echo 'lab|500'", None, 500),
+        ("printf 'other|20\\nlab|500\\nthird|30\\n'", None, 500),
+        ("printf 'lab|500\\nother|20\\n'", "lab", 500),
+        ("printf 'lab|500\\nother|20\\n'", "other", 20),
+        ("printf 'lab|500\\nlab|20\\n'", "lab", 500),  # of two partitions
+        ("printf 'lab|\\nother|20\\n'", "lab", None),
+        ("printf 'lab|\\nother|20\\n'", None, None),  # no limit is the largest
+        ("echo 'lab|500'", "unknown", None),
+        ("echo 'lab|500'; exit 1", None, None),
+        ("echo 'You are not running a supported accounting_storage plugin'", None, None),
+        ("exec sleep 20", None, None),
     ],
 )
-def test_how_many_jobs_one_may_have_is_what_the_accounts_say(command, monkeypatch, line, accounts, limit):
+def test_how_many_jobs_one_may_have_is_what_the_accounts_say(command, monkeypatch, line, account, limit):
     command("sacctmgr", line)
     monkeypatch.setattr(job_queue, "PATIENCE", 0.3 if "sleep" in line else 30)
-    assert job_queue.submit_limit(accounts) == limit
+    assert job_queue.submit_limit(account) == limit
 
 
 def test_without_accounts_nothing_says_how_many_jobs_one_may_have(command):
-    assert job_queue.submit_limit(set()) is None
+    assert job_queue.submit_limit(None) is None
 
 
-def test_tasks_in_the_queue_are_counted(command):
-    command("squeue", "printf '5\\n6_0\\n6_1\\n'")
-    assert job_queue.in_queue() == 3
+@pytest.mark.parametrize("error", [KeyError, OSError])
+def test_of_a_user_without_a_name_no_limit_is_known(command, monkeypatch, error):
+    def nobody(uid):
+        raise error(f"getpwuid(): uid not found: {uid}")
+
+    command("sacctmgr", "echo 'lab|500'")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert job_queue.submit_limit(None) is None
+
+
+def test_tasks_in_the_queue_are_counted(command, tmp_path):
+    command("squeue", f"printf '%s\\n' \"$@\" > {tmp_path}/words; printf '5\\n6_0\\n6_1\\n'")
+    assert job_queue.in_queue(None) == 3
+    assert "--account" not in (tmp_path / "words").read_text()
+    assert job_queue.in_queue("lab") == 3
+    assert "--account=lab" in (tmp_path / "words").read_text().splitlines()
     command("squeue", "echo no controller >&2; exit 1")
     with pytest.raises(ResourceFailure, match="cannot ask Slurm for its queue: no controller: try again later"):
-        job_queue.in_queue()
+        job_queue.in_queue(None)
+
+
+def test_of_several_accounts_the_least_room_counts(command):
+    command("sacctmgr", "printf 'lab|9\\nother|4\\nfree|\\n'")
+    command("squeue", "if [[ $* == *--account=lab* ]]; then printf '1\\n2\\n3\\n4\\n5\\n6\\n'; else echo 7; fi")
+    assert job_queue.room(["lab"]) == (9, 6, "lab") and job_queue.room(["other"]) == (4, 1, "other")
+    assert job_queue.room(["other", "lab", "free"]) == (4, 1, "other")  # as much as of the other: the first
+    assert job_queue.room(["free"]) is None and job_queue.room([]) is None
+    assert job_queue.Room(3, 5, None).left == 0
 
 
 def test_a_part_of_an_array_is_found_by_the_numbers_that_slurm_gave_it(command):
