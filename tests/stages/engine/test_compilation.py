@@ -1,13 +1,10 @@
 import os
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import torch
 import torch._dynamo
-import toy_training
-from toy_training import Toy, batch_at, config, weights
+from toy_training import Toy, batch_at, config, started, weights
 
 from schemas.decoder import DecoderConfig
 from schemas.failures import InterruptedFailure, UsageFailure
@@ -114,22 +111,21 @@ def test_what_is_compiled_lies_in_a_folder_of_its_own_that_begins_empty_and_goes
 
 @pytest.mark.slow
 def test_half_files_of_a_killed_compiler_do_not_matter(tmp_path):
-    shared, settings = tmp_path / "shared", config(compile="on").model_dump_json()
+    shared = tmp_path / "shared"
 
     def trained(name, **environment):
-        (tmp_path / name).mkdir(exist_ok=True)
-        command = [sys.executable, toy_training.__file__, str(tmp_path / name), settings]
-        own = {**os.environ, CACHES[0]: str(shared), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-        return subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
+        own = {CACHES[0]: str(shared), **environment}
+        process = started(tmp_path / name, config(compile="on"), environment=own)
+        process.join(300)
+        return process.exitcode
 
-    assert trained("whole").returncode == 0
-    assert trained("killed", DEATH="5", KILL="1").returncode == -9
+    assert trained("whole") == 0
+    assert trained("killed", DEATH="5", KILL="1") == -9
     left = list((tmp_path / "killed/checkpoints/compiled-0").rglob("*.so"))
     assert left
     for path in left:
         path.write_bytes(path.read_bytes()[:100])
-    again = trained("killed")
-    assert again.returncode == 0, again.stderr
+    assert trained("killed") == 0
     assert not (tmp_path / "killed" / "checkpoints").exists()
     whole, resumed = (
         safetensors.torch.load_file(tmp_path / name / "weights-0-0.safetensors") for name in ("whole", "killed")
