@@ -61,6 +61,7 @@ bridge = "{bridge}"
 head = "{head}"
 experts = "{experts}"
 evidence = {evidence}
+gates = "{gates}"
 encoder_layers = 2
 latent_layers = 4
 decoder_layers = 2
@@ -73,13 +74,14 @@ bridge_batch_size = 8
 bridge_learning_rate = 3e-3
 """
 
-# (name, bridge, what is mixed in the end, experts, whether it is told how well each predicted the tokens so far)
+# (name, bridge, what is mixed in the end, experts, whether it is told how well each predicted the tokens so far, gates)
 COMPOSITIONS = (
-    ("central", "stitch", "predictions", "trained", "true"),
-    ("central-calm", "calm", "predictions", "trained", "true"),
-    ("central-control", "stitch", "predictions", "seed-copies", "true"),
-    ("central-plain", "stitch", "predictions", "trained", "false"),
-    ("central-states", "stitch", "states", "trained", "true"),
+    ("central", "stitch", "predictions", "trained", "true", "joint"),
+    ("central-calm", "calm", "predictions", "trained", "true", "joint"),
+    ("central-control", "stitch", "predictions", "seed-copies", "true", "joint"),
+    ("central-lean", "stitch", "predictions", "trained", "true", "none"),
+    ("central-plain", "stitch", "predictions", "trained", "false", "joint"),
+    ("central-states", "stitch", "states", "trained", "true", "joint"),
 )
 
 # (what should be lower, than what, why it matters)
@@ -99,6 +101,7 @@ CLAIMS = (
     ("composed stitch", "dense, matched", "the composed model against one model of as many FLOPs of training"),
     ("cBTM top-2", "dense, matched", "the ensemble against one model of more FLOPs of training"),
     ("composed stitch, top-2 per text", "cBTM all", "two experts for a text, composed, against the ensemble of all"),
+    ("composed stitch (central-lean), top-2 per text", "cBTM all", "the same without gates, for less than half of it"),
 )
 
 
@@ -126,7 +129,8 @@ def main() -> None:
 def pipeline(run: Path, inputs: list[str], dense_steps: list[int]) -> dict[str, Any]:
     """Run what is not up to date; the metrics of the evaluation."""
     compositions = (
-        COMPOSITION.format(name=n, bridge=b, head=h, experts=x, evidence=e) for n, b, h, x, e in COMPOSITIONS
+        COMPOSITION.format(name=n, bridge=b, head=h, experts=x, evidence=e, gates=g)
+        for n, b, h, x, e, g in COMPOSITIONS
     )
     (run / "cpipe.toml").write_text(SETTINGS.format(dense_steps=dense_steps) + "".join(compositions))
     # What is up to date is left alone; with a further dense model, the evaluation is not.
