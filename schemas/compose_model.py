@@ -74,10 +74,10 @@ class ComposeConfig(CentralAloneConfig):
         return name
 
     def label(self, folder: str) -> str:
-        """What a table calls the composition in `folder`, named where that tells more than the kind of bridge."""
+        """What a table calls the composition in `folder`, no two the same: of each kind, one goes by the kind alone."""
         kind = self.bridges.bridge
         label = f"composed {kind}" + (" of seed copies" if self.experts == "seed-copies" else "")
-        return label + ("" if folder in ("central", f"central-{kind}") else f" ({folder})")
+        return label + ("" if folder == ("central" if kind == "stitch" else f"central-{kind}") else f" ({folder})")
 
     def alone(self) -> CentralAloneConfig:
         """The part that does not depend on experts."""

@@ -216,7 +216,7 @@ class ComposedModel(nn.Module):
         share_BTX = self._log_shares(x_BTD, experts)
         mixed_BTV = share_BTX[..., :1] + own_BTV.log_softmax(-1)
         for number, share_BT1 in zip(order, share_BTX[..., 1:].split(1, -1), strict=True):
-            log_BTV = self._predicted(number, experts, cache, last=last)
+            log_BTV = self._predicted(number, experts, x_BTD.shape[1], cache if last and not ablate else None)
             if log_BTV is not None:
                 mixed_BTV = torch.logaddexp(mixed_BTV, share_BT1 + log_BTV)
         return CentralOutput(mixed_BTV, levels)
@@ -258,14 +258,14 @@ class ComposedModel(nn.Module):
         return head.log_shares(x_BTD, experts.prior_BTXF[:, -x_BTD.shape[1] :], experts.resting())
 
     @torch.no_grad()
-    def _predicted(self, number: int, experts: ExpertStates, cache: ComposedCache, *, last: bool) -> Tensor | None:
-        """Log-probabilities [B, T, V] that an expert gives; None where it rests."""
+    def _predicted(self, number: int, experts: ExpertStates, tokens: int, cache: ComposedCache | None) -> Tensor | None:
+        """Log-probabilities [B, T, V] that an expert gives after the last so many tokens; None where it rests."""
         states, decoder = experts.state_XLBTE[number], self.decoders[number]
         if states is None:
             return None
-        if last:  # they say, when the next token is there, how well it was predicted
+        if cache:  # kept, as they say, when the next token is there, how well it was predicted
             return cache.experts.each[number].predicted(decoder)[:, None]
-        return decoder.lm_head(states[-1]).float().log_softmax(-1)
+        return decoder.lm_head(states[-1][:, -tokens:]).float().log_softmax(-1)
 
     @torch.no_grad()
     def consult(

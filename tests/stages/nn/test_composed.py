@@ -107,6 +107,16 @@ def test_bridges_may_read_another_row_or_the_mean_of_all(bridge):
     torch.testing.assert_close(model(same, ablate=exchanged).logits_BTV, model(same).logits_BTV)
 
 
+@BRIDGES
+@pytest.mark.parametrize(
+    "part", ["bridges", "bridges exchanged", "bridges static", "experts", "latents", "plan static"]
+)
+def test_the_last_logits_alone_are_those_of_all_without_a_part_too(bridge, part):
+    model, ids, ablate = composed(bridge, experts=(SEED, SEED)).eval(), some_ids(2, 23), frozenset({part})
+    last = model(ids, ablate=ablate, last=True).logits_BTV
+    torch.testing.assert_close(last, model(ids, ablate=ablate).logits_BTV[:, -1:], atol=5e-5, rtol=1e-4)
+
+
 def test_static_states_and_priors_are_their_means():
     model, ids = composed(), some_ids(2, 9)
     given = model.consult(ids, model.new_cache())
