@@ -40,7 +40,6 @@ from schemas.train_experts import (
     ExpertsManifest,
     ExpertsMetrics,
     LoraConfig,
-    flags_of,
     is_further,
 )
 from schemas.train_seed import SeedManifest
@@ -77,7 +76,7 @@ def run(config: ExpertsConfig, run_dir: Path, *, force: bool = False) -> Experts
     if config.expert is not None:
         folder = config.folder_of(config.expert)
         if folder not in members:
-            more = f"; give{flags_of(folder).split(' --expert')[0]} too" if is_further(folder) else ""
+            more = f"; give --dense-steps {folder.removeprefix(f'{DENSE}-')} too" if is_further(folder) else ""
             raise UsageFailure(f"--expert {config.expert} is not one of {', '.join(members)}{more}")
         return _train_member(folder, members[folder], run_dir, upstream, force)
     missing = [
