@@ -2,8 +2,7 @@
 
 - every model is run once and leaves one log-probability per token; every way to combine the experts is then arithmetic
   on these arrays, so that all rows stand on the same tokens and the same forward passes
-- each row says what it cost: training of everything it is made of, and inference per token, a model that joins late
-  catching up on what it has missed
+- each row says what it cost: training of all it is made of, and inference per token, catching up late included
 - "oracle" picks each document's best expert in hindsight: a bound, not a method
 - "fitted" rows choose among experts as sharply as is best on other held-out documents, which no row is scored on
 """
@@ -39,6 +38,7 @@ from stages.nn.flops import BACKWARD_AND_FORWARD, DecoderCosts, forward_flops
 from stages.nn.gates import ExpertGates, Gates
 from stages.nn.leaks import gap_to_prefix
 from stages.nn.levels import ways_to_ablate
+from stages.nn.memory import DocumentReader
 from stages.nn.mixture import mixed_log_probs
 from stages.nn.mixture_fit import fit_routing
 from stages.nn.routed import RoutedDecoder
@@ -116,10 +116,10 @@ class Evaluation:
 
     def score(self, forward: Forward, label: str, windows: Windows | None = None, size: int = 0) -> Tensor:
         """Log-probability [N], in nats, that `forward` gives to every token of `windows` (all that are scored)."""
-        windows = windows or self.windows
-        size, place = size or self.config.score_batch_size, device()
-        found = windows.collect(
-            lambda ids, targets: token_log_probs(forward(ids), targets), size, f"score {label}", place
+        begin = forward.begin if isinstance(forward, DocumentReader) else None
+        size = size or self.config.score_batch_size
+        found = (windows or self.windows).collect(
+            lambda ids, targets: token_log_probs(forward(ids), targets), size, f"score {label}", device(), begin
         )
         logger.info("scored {}: {:.4f} nats per token", label, -float(found.mean()))
         return found
@@ -250,13 +250,13 @@ class Evaluation:
         training += self.costs.seed if copies else self.costs.experts
         size = manifest.metrics.parameters + self.costs.weights(count, 0 if copies else count)
         label = manifest.config.label(name)
-        scores = self.score(lambda ids: composed(ids).logits_BTV, label)
+        scores = self.score(DocumentReader(ChosenExperts(composed, count)), label)
         self.table.add(label, "control" if copies else "composed", scores, size, size, training, costs.forward)
         self._add_usage(label, composed, "experts", *ways_to_ablate("bridges", "latents", "plan"))
         self.dense_steps[label] = self.costs.steps_of(training, self.models.members.config.training.tokens_per_step)
         for few in (few for few in self.config.active_experts if few < count and not copies):
             chosen, row = ChosenExperts(composed, few), f"{label}, top-{few} per text"
-            scores = self.score(chosen.logits, row, size=1)  # texts alone, so that nothing counted is padding
+            scores = self.score(DocumentReader(chosen), row, size=1)  # texts alone, so that nothing counted is padding
             read = chosen.read_per_token
             active = manifest.metrics.parameters + self.costs.weights(read, read)
             self.table.add(row, "composed", scores, size, active, training, costs.with_few(read))

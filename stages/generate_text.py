@@ -35,7 +35,8 @@ from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
 from stages.nn.decoding import PackedDecoder, TextBatch
 from stages.nn.gates import Gates
-from stages.nn.readers import ComposedReader, DecoderReader, Reader, Restarts
+from stages.nn.memory import ComposedReader
+from stages.nn.readers import DecoderReader, Reader, Restarts
 from stages.nn.routed import RoutedDecoder
 from stages.nn.sampling import draw
 
@@ -59,8 +60,6 @@ def continuations(config: GenerateConfig, run_dir: Path) -> Iterator[tuple[str, 
         yield from zip(prompts, _write_side_by_side(prompts, book, decoder), strict=True)
         return
     for prompt in prompts:
-        if isinstance(reader, ClusterMixReader):
-            reader.forget()
         yield prompt, "".join(_write(prompt, book, reader))
 
 
@@ -90,13 +89,13 @@ class Text:
         self._left = book.config.max_tokens
         self._generator = torch.Generator().manual_seed(book.config.random_seed)
         self._context = self._unread = prompt[-book.limit :]
-        place.restart(prompt[: -book.limit], [])
+        place.begin(prompt[: -book.limit])
 
     def unread(self) -> list[int]:
         """Tokens the model has to be given next; of a full context, its second half is begun anew."""
         if len(self._context) > self._book.limit:
             self._context = self._context[-(self._book.limit // 2) :]
-            self._place.restart([], self._context[:-1])
+            self._place.restart(self._context[:-1])
         return self._unread
 
     def draw(self, log_probs: Tensor) -> int | None:
@@ -205,14 +204,16 @@ class ClusterMixReader:
         self._top_k = _experts_per_token(config, models)
         folders = map(expert_folder, range(len(models.experts)))
         self._experts = [DecoderReader(partial(_decoder, models, folder)) for folder in folders]
-        self.forget()
+        self.begin([])
 
-    def forget(self) -> None:
-        """Be ready for another text, which is routed by itself alone."""
+    def begin(self, skipped: list[int]) -> None:
+        """See Restarts. A text is routed by itself alone, and by what is skipped of it too."""
         self._sum = np.zeros(self._vectors.shape[1], np.float32)
         self._text_read = 0
         for expert in self._experts:
             expert.tokens_read = 0
+            expert.begin(skipped)
+        self._know(skipped)
 
     def read(self, ids: list[int]) -> Tensor:
         """See Reader."""
@@ -227,11 +228,10 @@ class ClusterMixReader:
                 expert.pending += ids
         return torch.stack(mixed).logsumexp(0)
 
-    def restart(self, skipped: list[int], kept: list[int]) -> None:
-        """See Reader."""
-        self._know(skipped)
+    def restart(self, kept: list[int]) -> None:
+        """See Restarts."""
         for expert in self._experts:
-            expert.restart(skipped, kept)
+            expert.restart(kept)
 
     def _know(self, ids: list[int]) -> None:
         self._sum = prefix_sums(np.array(ids, np.int64), self._vectors, before=self._sum)[-1]

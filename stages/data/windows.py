@@ -1,7 +1,8 @@
 """Held-out documents cut into windows for scoring: every token of a document is predicted exactly once.
 
 - a window's input starts with the token before it (the separator, for a document's first), so nothing is predicted from
-  nothing; its context is the window alone, the same for every model
+  nothing; its context is the window alone, the same for every model. What is no context, such as which experts have
+  predicted the document so far, a model may remember from window to window
 - results of all models are flat arrays over the same tokens, in the order of the documents
 """
 
@@ -19,12 +20,16 @@ from stages.data.token_store import TokenStore
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Some windows padded to one length: `ids` and `targets` int64 [B, T], and where their tokens lie, flat."""
+    """Some windows padded to one length: `ids` and `targets` int64 [B, T], and where their tokens lie, flat.
+
+    `begins`: whether each is the first of its document.
+    """
 
     ids: Tensor
     targets: Tensor
     real: np.ndarray  # bool [B, T]
     place: np.ndarray  # int64 [tokens in the batch]: flat numbers of the real tokens
+    begins: bool
 
 
 class Windows:
@@ -96,13 +101,35 @@ class Windows:
         for start in range(0, len(spans), size):
             yield self._batch(spans[start : start + size])
 
+    def batches_in_turn(self, size: int) -> Iterator[WindowBatch]:
+        """All windows, `size` documents at a time: the first of each, then the second of those that have one.
+
+        The longest documents come first, so that those that go on are the first rows of the batch before, all full.
+        """
+        order = np.argsort(-self.lengths, kind="stable")
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size].tolist()
+            for first in range(0, int(self.lengths[numbers[0]]), self._length):
+                ends = [(number, min(first + self._length, int(self.lengths[number]))) for number in numbers]
+                yield self._batch([(number, first, last) for number, last in ends if last > first])
+
     def collect(
-        self, compute: Callable[[Tensor, Tensor], Tensor], size: int, label: str, device: torch.device
+        self,
+        compute: Callable[[Tensor, Tensor], Tensor],
+        size: int,
+        label: str,
+        device: torch.device,
+        begin: Callable[[], None] | None = None,
     ) -> Tensor:
-        """What `compute(ids [B, T], targets [B, T])` says of every token, flat: [N, …] for [B, T, …]."""
+        """What `compute(ids [B, T], targets [B, T])` says of every token, flat: [N, …] for [B, T, …].
+
+        `begin`: if `compute` remembers what it read of a document, what makes it forget. Windows then come in turn.
+        """
         found = torch.empty(0)
         done = 0
-        for batch in self.batches(size):
+        for batch in self.batches_in_turn(size) if begin else self.batches(size):
+            if begin and batch.begins:
+                begin()
             with torch.no_grad():
                 values = compute(batch.ids.to(device), batch.targets.to(device)).cpu()
             if not done:
@@ -126,7 +153,8 @@ class Windows:
                 ids[row, 0] = document[first - 1]
             real[row, : last - first] = True
             place.append(self.starts[number] + np.arange(first, last))
-        return WindowBatch(torch.from_numpy(ids), torch.from_numpy(targets), real, np.concatenate(place))
+        begins = all(first == 0 for _, first, _ in spans)
+        return WindowBatch(torch.from_numpy(ids), torch.from_numpy(targets), real, np.concatenate(place), begins)
 
 
 def _others(store: TokenStore, documents: np.ndarray) -> np.ndarray:

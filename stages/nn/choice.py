@@ -48,10 +48,6 @@ class ChosenExperts:
         """An empty cache, of one text."""
         return ChoiceCache(self.composed.new_cache())
 
-    def logits(self, ids_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] for the token after each position of whole texts."""
-        return torch.cat([self.read(ids_1T, self.new_cache()) for ids_1T in ids_BT.split(1)])
-
     def read(self, ids_1T: Tensor, cache: ChoiceCache, *, last: bool = False) -> Tensor:
         """Logits [1, T, V] for the token after each of further tokens of one text; `last`: after the last only."""
         experts, before = cache.composed.experts, cache.composed.experts.tokens_read

@@ -212,7 +212,11 @@ class TextPlace:
         self._cache = cache
         cache.lengths[row] = 0
 
-    def restart(self, skipped: list[int], kept: list[int]) -> None:
+    def begin(self, skipped: list[int]) -> None:
+        """Begin another text."""
+        self.restart([])
+
+    def restart(self, kept: list[int]) -> None:
         """Begin a new context that holds `kept`."""
         self.pending = [*kept]
         self._cache.lengths[self.row] = 0

@@ -32,6 +32,7 @@ class ExpertCache:
     last_BE: Tensor | None = None
     next_BV: Tensor | None = None  # log-probabilities of the token after it, once someone has asked for them
     evidence_BF: Tensor | None = None
+    counted: int = 0  # tokens of this context that were evidence before it began
 
     def predicted(self, expert: Decoder) -> Tensor:
         """Log-probabilities [B, V] of the token after the last one read."""
@@ -58,6 +59,24 @@ class ExpertsCache:
     def tokens_read(self) -> int:
         """By all experts together."""
         return sum(cache.layers.seen for cache in self.each)
+
+    def recall(self, before: "ExpertsCache", rows: int, *, follows: bool) -> None:
+        """Go on with the evidence that another context has of the first `rows` of its texts.
+
+        Of tokens read so far nothing counts again. `follows`: the next token is the one after the last that was read
+        there, and how well it was predicted is evidence if every expert has read up to it.
+        """
+        known = [old.evidence_BF for old in before.each if old.evidence_BF is not None]
+        whole = all(old.layers.seen == before.seen for old in before.each)
+        for own, old in zip(self.each, before.each, strict=True):
+            own.counted = self.seen
+            if known:
+                evidence_BF = torch.zeros_like(known[0]) if old.evidence_BF is None else old.evidence_BF
+                missed = before.seen - old.layers.seen
+                own.evidence_BF = evidence_BF[:rows] * evidence_BF.new_tensor(FADING) ** missed
+            if follows:
+                own.last_BE = old.last_BE[:rows] if whole and old.last_BE is not None else None
+                own.next_BV = None
 
 
 @dataclass
@@ -144,8 +163,9 @@ class Experts(nn.ModuleList):
         own = cache.each[number]
         start = own.layers.seen
         read, likelihood_BT, _ = self._read(number, cache.ids_BS[:, start:], own)
-        if cache.mean_BS is not None:
-            _evidence((likelihood_BT - cache.mean_BS[:, start:])[..., None], [own])
+        if cache.mean_BS is not None and own.counted < cache.seen:
+            new = max(start, own.counted)
+            _evidence((likelihood_BT[:, new - start :] - cache.mean_BS[:, new:])[..., None], [own])
         states = [read if other == number else None for other in range(len(self))]
         return ExpertStates(start, states, cache.ids_BS.new_zeros(0, dtype=torch.float32))
 

@@ -8,20 +8,21 @@ Shape letters: T new tokens, V vocabulary.
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from stages.nn.choice import ChosenExperts
 from stages.nn.decoder import Decoder
 from stages.nn.decoding import PackedDecoder, begin_text
 from stages.nn.packing import packable
 
 
 class Restarts(Protocol):
-    """Where a text is read, and can be read anew."""
+    """Where texts are read, one after the other, each a context at a time."""
 
-    def restart(self, skipped: list[int], kept: list[int]) -> None:
-        """Begin a new context that holds `kept`; `skipped` were never read and belong to the text before it."""
+    def begin(self, skipped: list[int]) -> None:
+        """Begin a text, of which `skipped` comes before what will be read."""
+
+    def restart(self, kept: list[int]) -> None:
+        """Begin a new context of the text: it holds `kept`, the last tokens of the context before."""
 
 
 class Reader(Restarts, Protocol):
@@ -56,29 +57,11 @@ class DecoderReader:
         self.tokens_read += len(unread)
         return self._further(unread).log_softmax(-1)
 
-    def restart(self, skipped: list[int], kept: list[int]) -> None:
-        """See Reader."""
+    def begin(self, skipped: list[int]) -> None:
+        """See Restarts."""
+        self.restart([])
+
+    def restart(self, kept: list[int]) -> None:
+        """See Restarts."""
         self.pending = [*kept]
         self._further = None
-
-
-class ComposedReader:
-    """A composed model with all its caches."""
-
-    def __init__(self, model: ChosenExperts) -> None:
-        self._model = model
-        self._device = next(model.composed.parameters()).device
-        self._pending: list[int] = []
-        self._cache = model.new_cache()
-
-    @torch.no_grad()
-    def read(self, ids: list[int]) -> Tensor:
-        """See Reader."""
-        unread, self._pending = [*self._pending, *ids], []
-        ids_1T = torch.tensor([unread], device=self._device)
-        return self._model.read(ids_1T, self._cache, last=True)[0, -1].log_softmax(-1)
-
-    def restart(self, skipped: list[int], kept: list[int]) -> None:
-        """See Reader."""
-        self._pending = [*kept]
-        self._cache = self._model.new_cache()

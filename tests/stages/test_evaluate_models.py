@@ -15,7 +15,9 @@ from stages.artifacts.run_models import RunModels
 from stages.data import windows
 from stages.data.token_store import TokenStore, read_table
 from stages.data.windows import choose_documents
+from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
+from stages.nn.memory import recall
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +172,26 @@ def test_a_composition_costs_more_than_the_central_model_alone(rows):
     assert rows["composed stitch"].training_flops > rows["dense"].training_flops + alone.training_flops * 0.9
     # It reads the joint gates, so what they took to train is a part of what it took.
     assert rows["composed stitch"].training_flops > rows["gates joint all"].training_flops + alone.training_flops * 0.4
+
+
+def test_a_composition_knows_of_a_document_what_the_windows_before_told(evaluated_run, rows):
+    tokens, models = TokenizeManifest.read(evaluated_run), RunModels.find(evaluated_run)
+    store = TokenStore.open([evaluated_run / ref.path for ref in tokens.shards("valid")])
+    composed = ComposedModel.from_parts(**models.composition("central"))
+    found, alone, size = 0.0, 0.0, 0
+    for document in choose_documents(store, 1200):
+        text = [tokens.metrics.end_of_text, *store.tokens(document).tolist()]
+        size, before = size + int(store.bytes[document]), None
+        for start in range(0, len(text) - 1, 32):
+            window, cache = torch.tensor([text[start : start + 33]]), composed.new_cache()
+            alone += float(composed.log_probs(window[:, :-1], window[:, 1:])[0].sum())
+            if before:
+                recall(cache, before, 1)
+            logits = composed(window[:, :-1], cache).logits_BTV
+            found += float(logits.log_softmax(-1).gather(-1, window[:, 1:, None]).sum())
+            before = cache
+    assert rows["composed stitch"].bits_per_byte == pytest.approx(-found / math.log(2) / size, rel=1e-5)
+    assert rows["composed stitch"].bits_per_byte != pytest.approx(-alone / math.log(2) / size, rel=1e-5)
 
 
 def test_few_experts_cost_what_they_read(evaluated_run, evaluation, rows, monkeypatch, tmp_path):

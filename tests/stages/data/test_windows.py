@@ -33,13 +33,14 @@ def store(store_of):
     return store_of([("a", length) for length in LENGTHS])
 
 
+@pytest.mark.parametrize("in_turn", [True, False])
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("length", [1, 4, 8, 64])
 @pytest.mark.parametrize("documents", [range(8), [4, 1, 6], [2]])
-def test_every_token_is_predicted_once_from_the_one_before(store, documents, length, size):
+def test_every_token_is_predicted_once_from_the_one_before(store, documents, length, size, in_turn):
     windows = Windows(store, documents, END, length)
     seen = np.full(windows.tokens, -1)
-    for batch in windows.batches(size):
+    for batch in windows.batches_in_turn(size) if in_turn else windows.batches(size):
         assert len(batch.ids) <= size and batch.ids.shape == batch.targets.shape == batch.real.shape
         assert batch.ids.shape[1] <= length
         targets, inputs = batch.targets.numpy()[batch.real], batch.ids.numpy()[batch.real]
@@ -61,6 +62,19 @@ def test_the_inputs_of_a_window_are_its_own_tokens_in_order(store):
             assert real[:count].all()  # padding stands behind
             assert (ids[1:count] == targets[: count - 1]).all()
             assert (ids[count:] == END).all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_in_turn_each_row_goes_on_where_it_was_in_the_batch_before(store, size):
+    begun, last = 0, None
+    for batch in Windows(store, range(8), END, 8).batches_in_turn(size):
+        begun += batch.begins * len(batch.ids)
+        assert batch.begins == bool((batch.ids[:, 0] == END).all())
+        if not batch.begins:
+            assert torch.equal(batch.ids[:, 0], last[: len(batch.ids), -1])  # full, and the token that was predicted
+            assert len(batch.ids) <= len(last)
+        last = batch.targets
+    assert begun == 8
 
 
 def test_padding_is_not_counted(store):
@@ -136,6 +150,9 @@ def test_what_is_collected_stands_in_the_order_of_the_text(store, size):
     text = np.concatenate([store.tokens(document) for document in (4, 1, 6)])
     cpu = torch.device("cpu")
     assert windows.collect(lambda ids, targets: targets, size, "x", cpu).tolist() == text.tolist()
+    begun = []
+    in_turn = windows.collect(lambda ids, targets: targets, size, "x", cpu, lambda: begun.append(1))
+    assert in_turn.tolist() == text.tolist() and len(begun) == -(-len(windows.documents) // size)
     pairs = windows.collect(lambda ids, targets: torch.stack([ids, targets], -1).float(), size, "x", cpu)
     assert pairs.shape == (len(text), 2) and pairs.dtype == torch.float32
     assert pairs[:, 1].tolist() == text.tolist()

@@ -38,6 +38,11 @@ def some_ids(rows: int = 1, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (rows, TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
+def logits_of(chosen: ChosenExperts, ids: Tensor) -> Tensor:
+    """Of texts that are read one by one."""
+    return torch.cat([chosen.read(row, chosen.new_cache()) for row in ids.split(1)])
+
+
 def chosen_by_segment(chosen: ChosenExperts, ids: Tensor) -> list[list[int]]:
     """Who is active in each segment; a call each."""
     cache, found = chosen.new_cache(), []
@@ -75,14 +80,14 @@ def masked_reference(
 def test_with_all_experts_active_it_is_the_composed_model(bridge: str, gate: bool) -> None:
     model, ids = make(bridge, gate), some_ids(3)
     chosen = ChosenExperts(model, EXPERTS + 3)
-    torch.testing.assert_close(chosen.logits(ids), model(ids).logits_BTV, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(logits_of(chosen, ids), model(ids).logits_BTV, atol=1e-4, rtol=1e-3)
     assert chosen.read_per_token == EXPERTS
 
 
 @BRIDGES
 def test_a_text_no_longer_than_the_opening_is_read_by_all(bridge: str) -> None:
     model, ids = make(bridge), some_ids(2)[:, :4]
-    torch.testing.assert_close(ChosenExperts(model, 1).logits(ids), model(ids).logits_BTV, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(logits_of(ChosenExperts(model, 1), ids), model(ids).logits_BTV, atol=1e-4, rtol=1e-3)
 
 
 @BRIDGES
@@ -95,7 +100,7 @@ def test_the_chosen_alone_give_what_all_give_with_the_others_masked(
     chosen = ChosenExperts(model, count)
     active = chosen_by_segment(chosen, ids)
     expected = masked_reference(model, ids, active, monkeypatch)
-    torch.testing.assert_close(chosen.logits(ids), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(logits_of(chosen, ids), expected, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(expected, model(ids).logits_BTV, atol=1e-2)
 
 
@@ -124,11 +129,11 @@ def test_the_experts_that_predict_the_opening_best_are_chosen() -> None:
 @BRIDGES
 def test_nothing_moves_before_a_token_that_changes(bridge: str) -> None:
     chosen, ids = ChosenExperts(make(bridge), 2), some_ids()
-    before = chosen.logits(ids)
+    before = logits_of(chosen, ids)
     for token in range(TOKENS):
         other = ids.clone()
         other[:, token] = (other[:, token] + 1) % VOCAB
-        moved = ((chosen.logits(other) - before).abs().amax((0, 2)) > 1e-5).nonzero().flatten()
+        moved = ((logits_of(chosen, other) - before).abs().amax((0, 2)) > 1e-5).nonzero().flatten()
         assert moved.min() == token
 
 
@@ -137,7 +142,7 @@ def test_nothing_moves_before_a_token_that_changes(bridge: str) -> None:
 @pytest.mark.parametrize("chunks", [[1] * 30, [5, 1, 1, 13, 10], [6, 12, 12], [29, 1]])
 def test_any_chunks_with_a_cache_equal_the_whole(bridge: str, gate: bool, chunks: list[int]) -> None:
     chosen, ids = ChosenExperts(make(bridge, gate), 2), some_ids()
-    whole, cache = chosen.logits(ids), chosen.new_cache()
+    whole, cache = logits_of(chosen, ids), chosen.new_cache()
     logits = torch.cat([chosen.read(piece, cache) for piece in ids.split(chunks, 1)], 1)
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-3)
     last = chosen.read(ids, chosen.new_cache(), last=True)
@@ -146,8 +151,8 @@ def test_any_chunks_with_a_cache_equal_the_whole(bridge: str, gate: bool, chunks
 
 def test_texts_read_together_are_what_each_is_alone() -> None:
     chosen, ids = ChosenExperts(make(), 1), some_ids(3)
-    for row, logits in zip(ids.split(1), chosen.logits(ids).split(1), strict=True):
-        torch.testing.assert_close(chosen.logits(row), logits)
+    for row, logits in zip(ids.split(1), logits_of(chosen, ids).split(1), strict=True):
+        torch.testing.assert_close(logits_of(chosen, row), logits)
 
 
 def test_experts_at_rest_read_nothing_and_what_they_catch_up_on_is_counted() -> None:
@@ -162,7 +167,7 @@ def test_experts_at_rest_read_nothing_and_what_they_catch_up_on_is_counted() -> 
 
         expert.hidden_states = counted
     chosen = ChosenExperts(model, 1)
-    chosen.logits(ids)
+    logits_of(chosen, ids)
     assert sum(read) == 4 * EXPERTS + 26 == chosen.tokens_read
     assert chosen.read_per_token == pytest.approx((4 * EXPERTS + 26) / 30)
 

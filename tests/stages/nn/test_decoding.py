@@ -112,7 +112,7 @@ def test_a_place_begun_anew_forgets():
     batch = TextBatch(PackedDecoder(decoder), rows=2)
     places = [batch.add(number) for number in range(2)]
     batch.read({0: some_ids(9), 1: some_ids(5)})
-    places[0].restart([], some_ids(3, seed=5))
+    places[0].restart(some_ids(3, seed=5))
     logits = batch.read({0: [1], 1: [2]})
     close(logits[0], whole_pass(decoder, [*some_ids(3, seed=5), 1]))
     close(logits[1], whole_pass(decoder, [*some_ids(5), 2]))
