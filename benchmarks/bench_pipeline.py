@@ -1,11 +1,13 @@
 """The whole pipeline on a folder of text of several domains, and the comparisons it is built for.
 
-    python benchmarks/bench_pipeline.py RUN 'corpus/*.jsonl.zst'
+    python benchmarks/bench_pipeline.py RUN 'corpus/*.jsonl.zst' [--seed 0]
 
 Every stage is a `cpipe` command, so an interrupted benchmark goes on where it stopped. Prints the table and, for each
-claim, which row won and by how much, whatever the outcome.
+claim, which row won and by how much, whatever the outcome. `--seed`: of all trainings; tokens and clusters stay the
+same, so RUN may begin as a copy of another run's `tokens` and `clusters`.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -22,6 +24,7 @@ limit_bytes_per_source = 13_000_000
 clusters = 8
 
 [train-seed]
+seed = {seed}
 hidden_size = 96
 intermediate_size = 256
 num_hidden_layers = 4
@@ -33,6 +36,7 @@ steps = 1200
 learning_rate = 4e-3
 
 [train-experts]
+seed = {seed}
 sequence_length = 256
 batch_size = 16
 steps = 1500
@@ -40,6 +44,7 @@ learning_rate = 2e-3
 dense_steps = {dense_steps}
 
 [train-gates]
+seed = {seed}
 sequence_length = 256
 batch_size = 8
 steps = 100
@@ -57,6 +62,7 @@ usage_tokens = 10_000
 COMPOSITION = """
 [[compose]]
 name = "{name}"
+seed = {seed}
 bridge = "{bridge}"
 head = "{head}"
 experts = "{experts}"
@@ -106,14 +112,19 @@ CLAIMS = (
 
 
 def main() -> None:
-    run, inputs = Path(sys.argv[1]), sys.argv[2:]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("inputs", nargs="+")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    run: Path = asked.run
     run.mkdir(parents=True, exist_ok=True)
     further = sorted(int(path.parent.name.split("-")[1]) for path in run.glob("dense-*/manifest.json"))
-    metrics = pipeline(run, inputs, further)
+    metrics = pipeline(run, asked.inputs, further, asked.seed)
     # One model that gets all the FLOPs of the composed one: how many steps that is, the table tells.
     steps = metrics["dense_steps"]["composed stitch"]
     if steps not in further:
-        metrics = pipeline(run, inputs, [*further, steps])
+        metrics = pipeline(run, asked.inputs, [*further, steps], asked.seed)
     rows = {row["model"]: row for row in metrics["rows"]}
     print((run / "reports" / "table.md").read_text())
     print(
@@ -126,13 +137,13 @@ def main() -> None:
         print(f"| {why} | {first} | {low:.4f} | {second} | {high:.4f} | {100 * (low / high - 1):+.2f} % | {holds} |")
 
 
-def pipeline(run: Path, inputs: list[str], dense_steps: list[int]) -> dict[str, Any]:
+def pipeline(run: Path, inputs: list[str], dense_steps: list[int], seed: int) -> dict[str, Any]:
     """Run what is not up to date; the metrics of the evaluation."""
     compositions = (
-        COMPOSITION.format(name=n, bridge=b, head=h, experts=x, evidence=e, gates=g)
+        COMPOSITION.format(name=n, bridge=b, head=h, experts=x, evidence=e, gates=g, seed=seed)
         for n, b, h, x, e, g in COMPOSITIONS
     )
-    (run / "cpipe.toml").write_text(SETTINGS.format(dense_steps=dense_steps) + "".join(compositions))
+    (run / "cpipe.toml").write_text(SETTINGS.format(dense_steps=dense_steps, seed=seed) + "".join(compositions))
     # What is up to date is left alone; with a further dense model, the evaluation is not.
     subprocess.run([sys.executable, "-m", "cpipe", "run", str(run), *inputs, "--force"], check=True)
     found: dict[str, Any] = json.loads((run / "reports" / "manifest.json").read_text())["metrics"]

@@ -4,7 +4,8 @@
   step of it is counted: so FLOPs, frozen parts and activations are those of the code that will run
 - memory: 4 bytes a weight, 4 a gradient, 8 for AdamW's averages, of Muon 4, divided among devices by ZeRO's stage 1, 2
   and 3 (Rajbhandari et al. 2020, section 3, for fp32 throughout), and what autograd and autocast keep of one
-  micro-batch. What the libraries themselves take comes on top
+  micro-batch. What the libraries themselves take comes on top, and in the processor's memory a copy of all that a
+  checkpoint holds, while it is written
 - an offloaded optimizer has 16 bytes for each weight it steps in the processor's memory: weight, gradient, averages
   (Ren et al. 2021, section 4.1, for fp32 throughout)
 - time: FLOPs over what this device does with a few real steps of the seed, or over a speed that is given
@@ -78,8 +79,8 @@ def run(config: PlanConfig, run_dir: Path) -> Plan:
     added = added_domains(run_dir) if _maybe(ExpertsManifest, run_dir) else []
     parts = {domain.config.name: domain.metrics.train for domain in added}
     shares = {name: (part.tokens + part.documents) / (text or 1) for name, part in parts.items()}
-    jobs = _jobs(config, shape, experts, seed, shares)
-    planned = tuple(_plan(job, config.processes, shape, text, speed) for job in jobs)
+    found = jobs(config, shape, experts, shares, imported=_is_imported(config, seed))
+    planned = tuple(_plan(job, config.processes, shape, text, speed) for job in found)
     return Plan(
         trainings=planned,
         flops_per_second=speed,
@@ -132,13 +133,16 @@ def _seed_shape(
     )
 
 
-def _jobs(
-    config: PlanConfig, shape: DecoderConfig, experts: int, seed: SeedManifest | None, added: Mapping[str, float]
+def jobs(
+    config: PlanConfig, shape: DecoderConfig, experts: int, added: Mapping[str, float], *, imported: bool = False
 ) -> Iterator[Job]:
-    """The trainings. `added`: the text of each added domain, as a share of the run's."""
+    """The trainings, of a seed and experts of that shape; not the seed's if it is `imported`.
+
+    `added`: the text of each added domain, as a share of the run's.
+    """
     decoder = partial(_next_token, shape)
     members = dict(config.experts.members(experts))
-    if not _is_imported(config, seed):
+    if not imported:
         yield Job("seed", 1, decoder, config.seed.training)
     adapted = partial(_adapted, shape, config.experts.lora) if config.experts.kind == "lora" else decoder
     share = members["experts/000"].training
