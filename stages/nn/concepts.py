@@ -61,7 +61,8 @@ def concepts_of(embedded_BTE: Tensor, length: int) -> Tensor:
 def concept_loss(prediction_BMHE: Tensor, concept_BME: Tensor, kind: Literal["cosine", "mse", "both"]) -> Tensor:
     """Mean over the predictions whose group is complete: 1 - cosine, the squared distance to the unit vector, or both.
 
-    Zero when no group ahead is complete.
+    For the distance a prediction counts as sqrt(E) times too long: its features are of the size of normed states, and
+    the distance would be E times the cosine's error. Zero when no group ahead is complete.
     """
     groups, horizon = concept_BME.shape[1], prediction_BMHE.shape[2]
     total, count = prediction_BMHE.float().sum() * 0, 0  # in the graph even when there is nothing to compare
@@ -79,7 +80,7 @@ def concept_loss(prediction_BMHE: Tensor, concept_BME: Tensor, kind: Literal["co
 
 
 def _squared_distance(made_BME: Tensor, true_BME: Tensor) -> Tensor:
-    return (made_BME - true_BME).square().sum(-1)
+    return (made_BME / made_BME.shape[-1] ** 0.5 - true_BME).square().sum(-1)
 
 
 def latent_loss(expected_BMKD: Tensor, latent_BMKD: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def test_concepts_are_normalised_sums_and_only_complete_groups_ahead_count():
     prediction = torch.randn(2, 2, 3, 5)
     expected = 1 - F.cosine_similarity(prediction[:, 0, 0], concept[:, 1], dim=-1).mean()
     torch.testing.assert_close(concept_loss(prediction, concept, "cosine"), expected)
-    squared = (prediction[:, 0, 0] - concept[:, 1]).square().sum(-1).mean()
+    squared = (prediction[:, 0, 0] / 5**0.5 - concept[:, 1]).square().sum(-1).mean()
     torch.testing.assert_close(concept_loss(prediction, concept, "mse"), squared)
     assert concept_loss(prediction[:, :1], concept[:, :1], "cosine") == 0
 
