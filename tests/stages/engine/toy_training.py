@@ -15,6 +15,7 @@ import sys
 import time
 from functools import cache
 from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import _forkserver  # type: ignore[attr-defined]
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def weights(module):
 @cache
 def forks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
+    _forkserver._stop()  # another test's, which has imported less and would otherwise be taken
     context.set_forkserver_preload([*IMPORTED])
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3]), before])
