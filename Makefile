@@ -1,8 +1,11 @@
 # make demo      set up .venv and run the whole pipeline on text found in this Python installation
 # make test      set up .venv and run linter, type checker and the quick tests
-# make test-all  the same with the slow tests
+# make test-all  the same, and then the slow tests
+#
+# WORKERS=8 tests by so many processes at once; the slow tests go one by one, as they start processes and measure time.
 PYTHON ?= python3
 RUN ?= runs/demo
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo test test-all check clean
@@ -11,10 +14,10 @@ demo: .venv/installed
 	$(BIN)/cpipe demo $(RUN)
 
 test: check
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
 
-test-all: check
-	$(BIN)/pytest
+test-all: test
+	$(BIN)/pytest -m slow
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
