@@ -318,7 +318,7 @@ def test_the_shortest_row_has_two_groups_of_every_level_wherever_it_begins():
 def test_what_a_training_with_all_options_costs_can_be_planned():
     everything = {name: values[-1] for name, values in OPTIONS.items()} | {"random_phase": True}
     config = config_of(**everything)
-    rows, tokens = 2, 64
+    rows, tokens = 2, 48
     plan = partial(cost_of_pass, lambda: CentralLoss(CentralModel(config)), rows, tokens)
     whole, again, half = plan(half=False), plan(half=False, recompute=True), plan(half=True)
     model = CentralModel(config)
