@@ -442,7 +442,7 @@ def test_killed_while_a_checkpoint_is_written_beside_the_steps_it_resumes_from_t
 def test_steps_go_on_while_a_checkpoint_is_written(tmp_path):
     environment = {"PAUSE": "0.01", "SLOW_DISK": "0.4"}
     process = started(tmp_path, config(steps=400, checkpoint_every=30), environment=environment)
-    wait_for_step(tmp_path, 35, process)
+    wait_for_step(tmp_path, 31, process)  # soon, as a busy machine may take long for a step
     assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [".tmp"]  # of the tensors, still
     process.terminate()
     code, errors = ended(process, tmp_path)
