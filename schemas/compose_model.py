@@ -5,9 +5,9 @@
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.central import CentralShape
 from schemas.manifest import Conversion, Manifest
@@ -64,6 +64,12 @@ class ComposeConfig(CentralAloneConfig):
     )
     bridges: BridgeConfig = Field(BridgeConfig(), description="Kind and places of the bridges.")
     bridge_training: BridgeTraining = Field(BridgeTraining(), description="How the bridges are trained.")
+    feature_cache: float = runtime_setting(
+        0.0,
+        "Gigabytes in which the run keeps what experts and gates make of training rows, for other compositions that "
+        "read the same rows: they run neither again. 0: none.",
+        ge=0,
+    )
 
     @field_validator("name")
     @classmethod
@@ -72,6 +78,14 @@ class ComposeConfig(CentralAloneConfig):
         if words[0] != "central" or name == CentralAloneManifest.folder or not all(w.isalnum() for w in words):
             raise ValueError(f"{name!r} must be `central` or `central-<word>`, and not {CentralAloneManifest.folder!r}")
         return name
+
+    @model_validator(mode="after")
+    def _features_are_the_same(self) -> Self:
+        if self.feature_cache and self.training.compile == "on":
+            raise ValueError("--feature-cache does not go with --compile on, which computes other last bits")
+        if self.feature_cache and self.training.zero_stage == 3:
+            raise ValueError("--feature-cache does not go with ZeRO 3, where all processes run the experts together")
+        return self
 
     def label(self, folder: str) -> str:
         """What a table calls the composition in `folder`, no two the same: of each kind, one goes by the kind alone."""

@@ -24,11 +24,12 @@ from schemas.tokenize_text import TokenizeManifest
 from schemas.train_experts import ExpertsManifest
 from schemas.train_gates import GatesManifest
 from stages.artifacts.added_domains import begun_domains
+from stages.artifacts.feature_cache import FOLDER as FEATURES
 from stages.artifacts.locks import FOLDER, holder, take
 from stages.artifacts.stage_folder import CLAIM_NAME
 from stages.data.corpus import CACHE, STDIN
 
-CACHES = (CACHE,)
+CACHES = (CACHE, FEATURES)
 RESUMABLE = ("checkpoints", "parts", "shares")  # folders from which a killed stage goes on
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp")  # as `new_file` calls it: .<name>.<process>.tmp
 Find = tuple[Path, str]  # what can go, and why
@@ -128,7 +129,7 @@ def _is_beyond(path: Path, count: int) -> bool:
 
 def _caches(run_dir: Path) -> Iterator[Find]:
     for name in CACHES:
-        if (run_dir / name).is_file():
+        if (run_dir / name).exists():
             yield run_dir / name, "cache: made again when it is needed"
 
 

@@ -34,6 +34,7 @@ from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedManifest
 from schemas.training import TrainingMetrics
 from stages.artifacts.added_domains import text_of_all
+from stages.artifacts.feature_cache import FeatureCache
 from stages.artifacts.model_folder import WEIGHTS, checksum, read_model, read_tensors, write_tensors
 from stages.artifacts.run_models import expert_folder, read_expert
 from stages.artifacts.stage_folder import claim_folder
@@ -41,7 +42,8 @@ from stages.data.batches import Rows
 from stages.data.token_store import TokenStore
 from stages.engine.loop import train
 from stages.nn.central import CentralLoss, CentralModel
-from stages.nn.composed import ComposedLoss, ComposedModel
+from stages.nn.composed import ComposedModel
+from stages.nn.composed_loss import ComposedLoss
 from stages.nn.decoder import Decoder
 from stages.nn.gates import ExpertGates, SeedGate
 
@@ -173,8 +175,19 @@ def _train_with_experts(
     shards = text_of_all(run_dir, upstream.tokens, "train")
     rows = Rows(TokenStore.open(shards), upstream.tokens.metrics.end_of_text, training.sequence_length)
     batches = rows.batches(training.batch_size, training.seed + 4)
-    metrics = train(ComposedLoss(composed), batches, training, folder, config.name)
+    features = _features(composed, config, run_dir, upstream) if config.feature_cache else None
+    metrics = train(ComposedLoss(composed, features), batches, training, folder, config.name)
+    if features:
+        features.tell()
     return _usage(composed.cpu(), batches(training.steps)), metrics
+
+
+def _features(composed: ComposedModel, config: ComposeConfig, run_dir: Path, upstream: Upstream) -> FeatureCache:
+    """What is known of training rows, of these experts and gates, by bridges that read them at the same depths."""
+    depths = sorted(composed.bridges.depths_read())
+    told: dict[str, object] = {"experts": config.experts, "gates": config.gates, "depths": depths}
+    told |= config.bridges.model_dump(include={"evidence", "head"})
+    return FeatureCache(run_dir, upstream.as_inputs(), told, config.feature_cache * 1e9)
 
 
 def _write(

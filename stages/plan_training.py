@@ -42,7 +42,8 @@ from stages.engine.optimizer import numbers_kept
 from stages.engine.precision import choose_precision
 from stages.engine.processes import find_place
 from stages.nn.central import CentralLoss, CentralModel
-from stages.nn.composed import ComposedLoss, ComposedModel
+from stages.nn.composed import ComposedModel
+from stages.nn.composed_loss import ComposedLoss
 from stages.nn.decoder import Decoder, NextTokenLoss
 from stages.nn.gate_losses import ContrastiveLoss, GateLoss, RoutedContrastiveLoss, RoutedLoss
 from stages.nn.gates import ExpertGates, SeedGate

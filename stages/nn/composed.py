@@ -27,7 +27,6 @@ from stages.nn.central import (
     CentralModel,
     CentralOutput,
     latent_site,
-    losses_of,
     token_site,
 )
 from stages.nn.decoder import Decoder, token_log_probs
@@ -73,6 +72,12 @@ class Bridges(nn.Module):
             else:
                 bridges[site] = CalmBridge(own.width, own.heads, expert_widths, priors)
         self.sites = nn.ModuleDict(bridges)
+
+    def depths_read(self) -> set[float]:
+        """The shares of an expert's depth at which some bridge reads its states."""
+        return {
+            self.depths[site] for site, bridge in self.sites.items() if isinstance(bridge, CalmBridge | StitchBridge)
+        }
 
     def remember(self, experts: ExpertStates, caches: dict[str, CalmCache]) -> None:
         """Put the experts' states where attention finds them: also those of tokens that complete no group."""
@@ -222,14 +227,19 @@ class ComposedModel(nn.Module):
         return CentralOutput(mixed_BTV, levels)
 
     def log_probs(
-        self, ids_BT: Tensor, target_BT: Tensor, active: Sequence[int] | None = None
+        self,
+        ids_BT: Tensor,
+        target_BT: Tensor,
+        active: Sequence[int] | None = None,
+        experts: ExpertStates | None = None,
     ) -> tuple[Tensor, list[LevelOutput]]:
         """Log-probability [B, T] of the token that follows each, which must be given, and what the levels give.
 
-        The same numbers as `forward`'s, which holds those of the whole vocabulary: this is for training.
+        The same numbers as `forward`'s, which holds those of the whole vocabulary: this is for training. `experts`:
+        what they make of both, where that is known.
         """
         cache = self.new_cache()
-        experts = self.consult(ids_BT, cache, active, target_BT)
+        experts = self.consult(ids_BT, cache, active, target_BT) if experts is None else experts
         x_BTD, levels = self._states(ids_BT, cache, experts)
         own_BT = token_log_probs(self.central.lm_head(x_BTD), target_BT)
         if experts.target_BTX is None:
@@ -283,17 +293,3 @@ class ComposedModel(nn.Module):
             states.prior_BTXF = torch.cat([gate_BTXF, states.prior_BTXF], -1)
         cache.prior_BXF = states.prior_BTXF[:, -1]
         return states
-
-
-class ComposedLoss(nn.Module):
-    """What the composed model is trained to lower: the central model's loss, with experts read."""
-
-    def __init__(self, composed: ComposedModel) -> None:
-        super().__init__()
-        self.composed = composed
-
-    def forward(self, row_BT: Tensor) -> dict[str, Tensor]:
-        """`row_BT`: T = sequence length + 1 token ids; every token but the first is predicted."""
-        row_BT = self.composed.central.begun(row_BT)
-        log_prob_BT, levels = self.composed.log_probs(row_BT[:, :-1], row_BT[:, 1:])
-        return losses_of(self.composed.central, -log_prob_BT.mean(), levels, row_BT)

@@ -119,6 +119,12 @@ def test_gates_of_such_experts_go_when_gates_of_the_new_ones_are_trained(run_dir
     assert (run_dir / "gates/independent/002").is_dir()
 
 
+def test_kept_features_go(run_dir: Path) -> None:
+    put(run_dir, "features/0123/a.safetensors", "features/0123/a.json", "features/4567/b.safetensors")
+    assert cleaned(run_dir) == {"features": 15}
+    assert not (run_dir / "features").exists()
+
+
 @pytest.mark.parametrize("kind", [fcntl.LOCK_EX, fcntl.LOCK_SH])
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_while_a_stage_is_at_work_nothing_goes(run_dir: Path, kind: int, dry_run: bool) -> None:

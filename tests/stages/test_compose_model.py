@@ -204,3 +204,34 @@ def test_a_composition_from_before_there_was_a_head_is_one_of_states(composed_ru
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FileRef, "check", lambda self, folder: folder / self.path)  # it is not the file that was written
         assert RunModels.find(run_dir).composition("central")["bridges"] == BridgeConfig(head="states")
+
+
+def test_kept_features_change_no_byte_and_spare_the_experts_of_the_next_composition(gated_run, tmp_path, monkeypatch):
+    bridges = {"stitch": "central", "calm": "central-calm"}
+    expected, found = {}, {}
+    for cached, result in ((0.0, expected), (1.0, found)):
+        run_dir = shutil.copytree(gated_run, tmp_path / f"run-{cached}")
+        for bridge, name in bridges.items():
+            asked = settings(gates="joint", name=name, bridges=BridgeConfig(bridge=bridge), feature_cache=cached)
+            if result and cached:  # nothing is left to ask the experts: the files are there
+                monkeypatch.setattr(ComposedModel, "consult", consulted_after_training(ComposedModel.consult))
+            compose_model.run(asked, run_dir)
+            result[name] = (run_dir / name / "model.safetensors").read_bytes()
+    assert found == expected
+    assert not (tmp_path / "run-0.0" / "features").exists()
+    assert len([*(run_dir / "features").rglob("*.safetensors")]) == 5  # a batch a step, of both compositions
+
+
+def consulted_after_training(consult):
+    def refused(self, *args):
+        assert not self.training, "the experts run in training"
+        return consult(self, *args)
+
+    return refused
+
+
+@pytest.mark.parametrize(("change", "told"), [({"compile": "on"}, "--compile on"), ({"zero_stage": 3}, "ZeRO 3")])
+def test_kept_features_are_refused_where_they_cannot_be_the_same(change, told):
+    training = TRAINING.model_copy(update={"engine": "deepspeed"} | change)
+    with pytest.raises(ValueError, match=f"--feature-cache does not go with {told}"):
+        settings(training=training, feature_cache=1.0)

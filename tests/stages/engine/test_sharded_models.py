@@ -14,7 +14,8 @@ from schemas.compose_model import BridgeConfig
 from schemas.decoder import DecoderConfig
 from stages.engine.loop import train
 from stages.nn.central import CentralLoss, CentralModel
-from stages.nn.composed import ComposedLoss, ComposedModel
+from stages.nn.composed import ComposedModel
+from stages.nn.composed_loss import ComposedLoss
 from stages.nn.decoder import Decoder
 
 SHARDED = json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}})

@@ -8,7 +8,8 @@ from toy_composed import OTHER, SEED, SHAPE, VOCAB, composed
 
 from schemas.central import CentralConfig
 from schemas.compose_model import BridgeConfig
-from stages.nn.composed import ComposedLoss, ComposedModel, site_depths
+from stages.nn.composed import ComposedModel, site_depths
+from stages.nn.composed_loss import ComposedLoss
 from stages.nn.decoder import token_log_probs
 from stages.nn.experts import FADING
 

@@ -15,7 +15,8 @@ from schemas.compose_model import BridgeConfig
 from schemas.decoder import DecoderConfig
 from stages.nn.attention import Layer
 from stages.nn.central import CentralLoss, CentralModel, shifted
-from stages.nn.composed import ComposedLoss, ComposedModel
+from stages.nn.composed import ComposedModel
+from stages.nn.composed_loss import ComposedLoss
 from stages.nn.decoder import Decoder
 from stages.nn.flops import forward_flops
 from stages.nn.levels import Level, LevelCache, ablated
