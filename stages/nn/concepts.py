@@ -47,8 +47,12 @@ class PlanReader(nn.Module):
     def forward(self, x_BTC: Tensor, start: int, plan_BMHE: Tensor) -> Tensor:
         """[B, T, C] to be added to the tokens; `plan_BMHE[:, 0]` is for the group of token `start`."""
         x_BMGC = grouped(self.norm(x_BTC), start, self.length)
-        plan_BMHE = F.normalize(plan_BMHE, dim=-1) * plan_BMHE.shape[-1] ** 0.5 + self.distance_HD
+        plan_BMHE = self.states(plan_BMHE)
         return ungrouped(self.attention(x_BMGC, plan_BMHE[:, : x_BMGC.shape[1]]), start, x_BTC.shape[1])
+
+    def states(self, plan_BMHE: Tensor) -> Tensor:
+        """What is attended to: the concepts at one length, each with its distance."""
+        return F.normalize(plan_BMHE, dim=-1) * plan_BMHE.shape[-1] ** 0.5 + self.distance_HD
 
 
 def concepts_of(embedded_BTE: Tensor, length: int) -> Tensor:

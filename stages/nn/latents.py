@@ -133,8 +133,12 @@ class Upsampler(nn.Module):
             x_BMGC = grouped(self.norm(x_BTC), start, self.length)
             out_BMGC = self.attention(x_BMGC + self.place_GD, memory_BMKD)
         else:
-            out_BMGC = self.o_proj(self.narrow(memory_BMKD)[:, :, self.latent_of_place] + self.place_GD)
+            out_BMGC = self.repeated(memory_BMKD)
         return ungrouped(out_BMGC, start, x_BTC.shape[1])
+
+    def repeated(self, memory_BMKD: Tensor) -> Tensor:
+        """What `repeat` gives to each place of a group: [B, M, G, C]."""
+        return self.o_proj(self.narrow(memory_BMKD)[..., self.latent_of_place, :] + self.place_GD)
 
 
 def _between(width: int, other: int) -> nn.Module:

@@ -104,7 +104,7 @@ class Level(nn.Module):
         a level above the first, "latents_2" and so on.
         """
         start = cache.seen
-        memory_BMKD, plan_BMHE, reduced_BMKD, above = self._groups(x_BNC, cache, read, ablate)
+        memory_BMKD, plan_BMHE, reduced_BMKD, above = self.groups(x_BNC, cache, read, ablate)
         cache.seen += x_BNC.shape[1]
         mark = "" if self.number == 1 else f"_{self.number}"
         if f"latents{mark}" not in ablate:
@@ -114,8 +114,8 @@ class Level(nn.Module):
         expected_BMKD = None if self.expect is None else self.expect(memory_BMKD[:, 1:])
         return x_BNC, [LevelOutput(plan_BMHE[:, 1:], reduced_BMKD, expected_BMKD), *above]
 
-    def _groups(
-        self, x_BNC: Tensor, cache: LevelCache, read: Read | None, ablate: frozenset[str]
+    def groups(
+        self, x_BNC: Tensor, cache: LevelCache, read: Read | None = None, ablate: frozenset[str] = NOTHING
     ) -> tuple[Tensor, Tensor, Tensor | None, list[LevelOutput]]:
         """Latents and plans of the groups from the last one complete before this chunk to the last complete in it.
 

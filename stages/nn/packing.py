@@ -8,8 +8,10 @@ Shape letters: O out, D model width, Q queries, keys and values, E heads' width 
 - a decoder with a part or a setting unknown here is not packed (`packable`)
 """
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.nn.attention import Layer, RMSNorm
 from stages.nn.decoder import Decoder
@@ -49,13 +51,21 @@ SETTINGS = frozenset(
 def packable(decoder: Decoder) -> bool:
     """Whether this module knows everything the decoder does: plain Llama layers, with or without q/k/v biases."""
     config = decoder.config
-    if decoder.lm_head.weight.dtype is not torch.float32:  # there are no complex numbers of two bf16
-        return False
     for name, field in type(config).model_fields.items():
         if name not in SETTINGS and getattr(config, name) != field.get_default():
             return False
-    found = [{name for name, _ in layer.named_parameters()} for layer in decoder.model.layers]
-    return all(names - BIASES == PARTS and (names & BIASES) in (BIASES, frozenset()) for names in found)
+    return packable_layers(decoder.model.layers)
+
+
+def packable_layers(layers: Iterable[nn.Module]) -> bool:
+    """Whether `PackedLayer` reads every part that there is, fp32 all of them."""
+    found = [dict(layer.named_parameters()) for layer in layers]
+    return all(
+        parts.keys() - BIASES == PARTS
+        and (parts.keys() & BIASES) in (BIASES, frozenset())
+        and all(weight.dtype is torch.float32 for weight in parts.values())  # there are no complex numbers of two bf16
+        for parts in found
+    )
 
 
 class PackedLayer:
