@@ -28,7 +28,8 @@ from schemas.decoder import DecoderConfig
 from stages.nn.central import CentralModel
 from stages.nn.composed import ComposedModel
 from stages.nn.decoder import Decoder
-from stages.nn.decoding import PackedDecoder, TextBatch
+from stages.nn.decoding import PackedDecoder
+from stages.nn.text_batches import TextBatch
 
 Write = Callable[[], list[list[int]]]
 

@@ -14,7 +14,7 @@ class GenerateConfig(Config):
     prompts: str | None = Field(
         None, description="File of prompts to continue, each as if it were alone: one a line, or .jsonl (prompt)."
     )
-    batch_size: int = Field(8, gt=0, description="Texts of --prompts that a decoder writes side by side.")
+    batch_size: int = Field(8, gt=0, description="Texts of --prompts written side by side, where the model can.")
     model: str = Field(
         "central",
         pattern=r"^[A-Za-z0-9_.:/-]+$",

@@ -4,7 +4,8 @@
   first reads what it has missed. How many tokens experts read per token of the text is counted
 - a context that reaches the length the models were trained on goes on from its second half; which experts a text is for
   is told from all of it
-- a decoder is packed for writing where it can be; many prompts are then written side by side, each as if alone
+- a decoder, or a composed model with all its experts, is packed for writing where it can be; many prompts are then
+  written side by side, each as if alone
 """
 
 from collections import deque
@@ -32,13 +33,14 @@ from stages.data.pieces import decoded, has_stopped, until_stop
 from stages.data.prompts import read_prompts
 from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
+from stages.nn.composed_batch import ComposedBatch, ComposedPlace, composed_reader
 from stages.nn.decoder import Decoder
-from stages.nn.decoding import PackedDecoder, TextBatch
+from stages.nn.decoding import PackedDecoder
 from stages.nn.gates import Gates
-from stages.nn.memory import ComposedReader
 from stages.nn.readers import DecoderReader, Reader, Restarts
 from stages.nn.routed import RoutedDecoder
 from stages.nn.sampling import draw
+from stages.nn.text_batches import TextBatch
 
 
 def stream(config: GenerateConfig, run_dir: Path) -> Iterator[str]:
@@ -50,14 +52,14 @@ def stream(config: GenerateConfig, run_dir: Path) -> Iterator[str]:
 def continuations(config: GenerateConfig, run_dir: Path) -> Iterator[tuple[str, str]]:
     """Every prompt of the file `config.prompts` with its continuation, in their order.
 
-    A continuation is what the prompt alone would get. A decoder writes `config.batch_size` of them side by side, other
-    models one after the other. Raises InputFailure, and UsageFailure when the run has no such model.
+    A continuation is what the prompt alone would get. `config.batch_size` of them are written side by side, where the
+    model can. Raises InputFailure, and UsageFailure when the run has no such model.
     """
     prompts = read_prompts(Path(config.prompts or ""))
     book = Book(config, run_dir)
     reader = _reader(config, run_dir, book.models)
-    if isinstance(reader, DecoderReader) and isinstance(decoder := reader.decoder(), PackedDecoder):
-        yield from zip(prompts, _write_side_by_side(prompts, book, decoder), strict=True)
+    if batch := _batch(reader, min(config.batch_size, len(prompts))):
+        yield from zip(prompts, _write_side_by_side(prompts, book, batch), strict=True)
         return
     for prompt in prompts:
         yield prompt, "".join(_write(prompt, book, reader))
@@ -124,9 +126,15 @@ def _draw_tokens(text: Text, reader: Reader) -> Iterator[int]:
             logger.debug("{}", reader.cost())
 
 
-def _write_side_by_side(prompts: list[str], book: Book, decoder: PackedDecoder) -> Iterator[str]:
+def _batch(reader: Reader, rows: int) -> TextBatch | ComposedBatch | None:
+    """Rows for texts, if the model can write them side by side."""
+    if isinstance(reader, DecoderReader) and isinstance(decoder := reader.decoder(), PackedDecoder):
+        return TextBatch(decoder, rows)
+    return reader.batch(rows) if isinstance(reader, ComposedPlace) else None
+
+
+def _write_side_by_side(prompts: list[str], book: Book, batch: TextBatch | ComposedBatch) -> Iterator[str]:
     """Continuations in the order of their prompts; as soon as one ends, the next is begun in its place."""
-    batch = TextBatch(decoder, min(book.config.batch_size, len(prompts)))
     waiting = deque(enumerate(prompts))
     texts: dict[int, Text] = {}
     pieces: dict[int, list[str]] = {}
@@ -167,7 +175,7 @@ def _reader(config: GenerateConfig, run_dir: Path, models: RunModels) -> Reader:
         return DecoderReader(lambda: RoutedDecoder.from_parts(**models.routed(*kind), weigh=weigh).to(device()))
     if name in models.compositions:
         composed = ComposedModel.from_parts(**models.composition(name)).to(device())
-        return ComposedReader(ChosenExperts(composed, config.active_experts or len(composed.experts)))
+        return composed_reader(ChosenExperts(composed, config.active_experts or len(composed.experts)))
     more = "" if models.compositions else f"; `cpipe compose {run_dir}` makes central"
     raise UsageFailure(f"no model {name} in {run_dir}: there are {', '.join(_names(models))}{more}")
 

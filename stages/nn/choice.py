@@ -65,6 +65,10 @@ class ChosenExperts:
         self.tokens_read += experts.tokens_read - before
         return torch.cat(logits, 1)
 
+    def chooses_at(self, seen: int) -> bool:
+        """Whether who reads the token after the first `seen` is, or is yet to be, chosen there."""
+        return self.count < len(self.composed.experts) and (seen <= OPENING or seen % SEGMENT == 0)
+
     @property
     def read_per_token(self) -> float:
         """Tokens that experts read for one of the texts."""

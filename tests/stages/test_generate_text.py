@@ -15,9 +15,10 @@ from stages import generate_text
 from stages.artifacts.run_models import RunModels, routing_tensors
 from stages.clustering.features import normalised
 from stages.clustering.routing import cluster_weights, prefix_sums
-from stages.nn import choice, readers
+from stages.nn import choice, composed_batch, readers
 from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
+from stages.nn.composed_writer import ComposedWriter
 from stages.nn.decoder import Decoder
 from stages.nn.mixture import mean_models_run
 
@@ -443,6 +444,14 @@ def test_prompts_side_by_side_get_what_each_alone_gets(full_run, prompts_file, b
     assert len({text for _, text in expected}) > 2
 
 
+def test_a_composed_model_writes_side_by_side_what_it_writes_alone(full_run, prompts_file):
+    settings = {"max_tokens": LIMIT, "temperature": 1.0, "stop": ("ll",)}
+    together = config("central", prompt="", prompts=prompts_file, batch_size=3, **settings)
+    expected = [(prompt, text_of(full_run, "central", prompt=prompt, **settings)) for prompt in PROMPTS]
+    assert list(generate_text.continuations(together, full_run)) == expected
+    assert len({text for _, text in expected}) > 2
+
+
 def test_texts_side_by_side_end_at_a_stop_in_the_same_place(full_run, prompts_file):
     settings = {"max_tokens": 40, "temperature": 1.0}
     whole_texts = [text_of(full_run, prompt=prompt, **settings) for prompt in PROMPTS]
@@ -453,11 +462,30 @@ def test_texts_side_by_side_end_at_a_stop_in_the_same_place(full_run, prompts_fi
     assert [text for _, text in generate_text.continuations(together, full_run)] == expected
 
 
-@pytest.mark.parametrize("model", ["cbtm", "central"])
-def test_models_that_cannot_go_side_by_side_go_one_after_the_other(full_run, prompts_file, model):
-    together = config(model, prompt="", prompts=prompts_file)
-    expected = [(prompt, text_of(full_run, model, prompt=prompt)) for prompt in PROMPTS]
+@pytest.mark.parametrize(("model", "settings"), [("cbtm", {}), ("central", {"active_experts": 1})])
+def test_models_that_cannot_go_side_by_side_go_one_after_the_other(
+    full_run, prompts_file, model, settings, monkeypatch
+):
+    expected = [(prompt, text_of(full_run, model, prompt=prompt, **settings)) for prompt in PROMPTS]
+    monkeypatch.setattr(generate_text, "_write_side_by_side", None)
+    together = config(model, prompt="", prompts=prompts_file, **settings)
     assert list(generate_text.continuations(together, full_run)) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"), [("central", {}), ("central-calm", {}), ("central", {"active_experts": 1})]
+)
+def test_a_composed_model_writes_packed_what_it_writes_as_it_is(full_run, model, settings, monkeypatch):
+    settings = {"temperature": 0, "max_tokens": 2 * LIMIT, **settings}
+    expected = text_of(full_run, model, prompt=PROMPTS[0], **settings)
+    step, packed = ComposedWriter.step, []
+    monkeypatch.setattr(ComposedWriter, "step", lambda *args: packed.append(args) or step(*args))
+    assert text_of(full_run, model, prompt=PROMPTS[0], **settings) == expected
+    assert packed
+    monkeypatch.setattr(composed_batch, "writable", lambda _: False)
+    del packed[:]
+    assert text_of(full_run, model, prompt=PROMPTS[0], **settings) == expected
+    assert not packed
 
 
 def test_a_decoder_that_cannot_be_packed_writes_the_same(full_run, prompts_file, monkeypatch):
