@@ -7,7 +7,8 @@
 - transformers pads unequal prompts on the left; cpipe reads each alone and takes their steps together
 - the rows take turns; a ratio is the median over the rounds of (row / transformers in the same round). Wall time and
   CPU time of the process are both shown: on a machine with other work only the second repeats
-- the last rows are what mixing experts and the composed model cost beside one expert; fewer rounds are run of them
+- the last tables are what mixing experts and the composed model cost beside one expert, for one prompt and side by
+  side. That the composed model writes packed, alone and side by side, what it writes as trained is checked too
 """
 
 import argparse
@@ -26,9 +27,12 @@ from schemas.central import CentralConfig
 from schemas.compose_model import BridgeConfig
 from schemas.decoder import DecoderConfig
 from stages.nn.central import CentralModel
+from stages.nn.choice import ChosenExperts
 from stages.nn.composed import ComposedModel
+from stages.nn.composed_batch import ComposedBatch, composed_reader
 from stages.nn.decoder import Decoder
 from stages.nn.decoding import PackedDecoder
+from stages.nn.memory import ComposedReader
 from stages.nn.text_batches import TextBatch
 
 Write = Callable[[], list[list[int]]]
@@ -56,20 +60,34 @@ def main() -> None:
     }
     many: dict[str, Write] = {
         f"transformers generate, {len(prompts)} prompts": lambda: _transformers(reference, prompts, count),
-        f"cpipe --prompts, {len(prompts)} prompts": lambda: _side_by_side(packed, prompts, count),
+        f"cpipe --prompts, {len(prompts)} prompts": lambda: _side_by_side(
+            [TextBatch(packed, len(prompts))], prompts, count
+        ),
     }
     experts = [packed, *(PackedDecoder(_other(seed).to(options.device)) for seed in range(1, 4))]
-    composed = _composed([_other(seed) for seed in range(4)]).to(options.device)
+    composed = ChosenExperts(_composed([_other(seed) for seed in range(4)]).to(options.device), len(experts))
+    reader = composed_reader(composed)
     costs: dict[str, Write] = {
         "one expert": one["cpipe, packed (what `cpipe generate` runs)"],
         "2 experts mixed": lambda: [_mixed(experts[:2], prompts[0], count)],
         "4 experts mixed": lambda: [_mixed(experts, prompts[0], count)],
-        "central model with 4 experts": lambda: [_central(composed, prompts[0], count)],
+        "central model with 4 experts": lambda: [_central(reader, prompts[0], count)],
+        "central model with 4 experts, as trained": lambda: [_central(ComposedReader(composed), prompts[0], count)],
     }
+    batches, composed_batch = [TextBatch(expert, len(prompts)) for expert in experts], reader.batch(len(prompts))
+    costs_of_many: dict[str, Write] = {
+        "one expert": lambda: _side_by_side(batches[:1], prompts, count),
+        "4 experts mixed": lambda: _side_by_side(batches, prompts, count),
+        "central model with 4 experts": lambda: _side_by_side([composed_batch], prompts, count),
+    }
+    alone = [_central(ComposedReader(composed), prompt, count) for prompt in prompts]
+    assert alone == costs_of_many["central model with 4 experts"](), "side by side other tokens are written"
+    assert alone[:1] == costs["central model with 4 experts"](), "packed, other tokens are written"
     for title, rows, same in (
         ("batch 1", one, True),
         ("batch of unequal lengths", many, True),
-        ("costs", costs, False),
+        ("costs, one prompt", costs, False),
+        (f"costs, {len(prompts)} prompts", costs_of_many, False),
     ):
         _compare(title, rows, options.rounds, check=same)
 
@@ -133,25 +151,32 @@ def _mixed(experts: list[PackedDecoder], prompt: list[int], count: int) -> list[
     return written
 
 
-@torch.inference_mode()
-def _central(model: ComposedModel, prompt: list[int], count: int) -> list[int]:
-    cache, unread, written = model.new_cache(), prompt, []
+def _central(reader: ComposedReader, prompt: list[int], count: int) -> list[int]:
+    unread, written = prompt, []
+    reader.begin([])
     for _ in range(count):
-        ids = torch.tensor([unread], device=model.central.lm_head.weight.device)
-        unread = [int(model(ids, cache).logits_BTV[0, -1].argmax())]
+        unread = [int(reader.read(unread).argmax())]
         written += unread
     return written
 
 
-def _side_by_side(decoder: PackedDecoder, prompts: list[list[int]], count: int) -> list[list[int]]:
-    batch = TextBatch(decoder, len(prompts))
-    for number in range(len(prompts)):
-        batch.add(number)
+def _side_by_side(batches: list[TextBatch | ComposedBatch], prompts: list[list[int]], count: int) -> list[list[int]]:
+    """By one model, or by several mixed."""
+    for batch in batches:
+        for number in range(len(prompts)):
+            batch.add(number)
     unread, written = dict(enumerate(prompts)), [[] for _ in prompts]
     for _ in range(count):
-        unread = {number: [int(logits.argmax())] for number, logits in batch.read(unread).items()}
-        for number, ids in unread.items():
-            written[number] += ids
+        read = [batch.read(unread) for batch in batches]
+        for number in unread:
+            scores = read[0][number]
+            if len(read) > 1:
+                scores = torch.stack([each[number].log_softmax(-1) for each in read]).logsumexp(0)
+            unread[number] = [int(scores.argmax())]
+            written[number] += unread[number]
+    for batch in batches:
+        for number in range(len(prompts)):
+            batch.remove(number)
     return written
 
 
