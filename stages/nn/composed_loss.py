@@ -46,7 +46,7 @@ class ComposedLoss(nn.Module):
 
     def _of_experts(self, row_BT: Tensor, features: Features) -> ExpertStates:
         """What the experts make of rows, read or computed."""
-        name, layers = name_of(row_BT), self._layers()
+        name, layers = name_of(row_BT, next(self.composed.experts.parameters()).dtype), self._layers()
         kept = features.read(name)
         if kept is not None:
             return _replayed({key: tensor.to(row_BT.device) for key, tensor in kept.items()}, layers)
@@ -65,12 +65,12 @@ class ComposedLoss(nn.Module):
         return found
 
 
-def name_of(row_BT: Tensor) -> str:
+def name_of(row_BT: Tensor, weights: torch.dtype) -> str:
     """Of rows, where they are computed, and the precision: what decides the bits of what is made of them."""
     kind = row_BT.device.type
-    half = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "fp32"
+    half = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "no autocast"
     content = row_BT.cpu().contiguous().numpy().tobytes()
-    return hashlib.sha256(f"{kind} {half} {tuple(row_BT.shape)} ".encode() + content).hexdigest()
+    return hashlib.sha256(f"{kind} {weights} {half} {tuple(row_BT.shape)} ".encode() + content).hexdigest()
 
 
 def _recorded(experts: ExpertStates, layers: list[list[int | None]]) -> dict[str, Tensor]:

@@ -62,7 +62,9 @@ def test_only_states_that_are_read_are_kept():
 
 def test_the_name_says_rows_shape_and_precision():
     row = rows()
+    whole = name_of(row, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        half = name_of(row)
-    names = {name_of(row), name_of(row.flip(0)), name_of(row[:2]), name_of(row.view(5, 15)), half}
-    assert len(names) == 5 and name_of(row.clone()) in names
+        half = name_of(row, torch.float32)
+    others = [name_of(other, torch.float32) for other in (row.flip(0), row[:2], row.view(5, 15))]
+    assert len({whole, half, name_of(row, torch.bfloat16), *others}) == 6
+    assert name_of(row.clone(), torch.float32) == whole
