@@ -4,6 +4,7 @@
 
 - RUN has tokens, a seed, experts and joint gates; nothing in it is written to. The central model is the seed's width
 - one round is the same steps on the same rows in the three ways, in turn; medians over the rounds
+- what is found was written a moment ago, so it comes from the system's memory: from a disk it can be slower
 - the three must lower the loss by the same bits, or the script fails
 """
 

@@ -3,7 +3,7 @@
 - a file is there whole, with the digest of its bytes beside it, or not at all; a damaged one is computed again
 - once the room is used, nothing more is kept and nothing goes: trainings read their rows in the same order, so the next
   asks for the oldest first
-- what is kept serves computations of the same key only; `cpipe clean` removes all of it
+- what is kept serves computations of the same key only, which says the kind of machine too; `cpipe clean` removes it
 """
 
 import hashlib
@@ -16,11 +16,12 @@ from loguru import logger
 from pydantic import ValidationError
 from torch import Tensor
 
-from schemas.failures import IntegrityFailure
+from schemas.failures import IntegrityFailure, ResourceFailure
 from schemas.files import FileRef, new_file, write_bytes
 from schemas.manifest import InputRef
 
 FOLDER = "features"
+COUNTED = 64  # files after which what there is is counted anew: other processes write, too
 
 
 class FeatureCache:
@@ -29,9 +30,10 @@ class FeatureCache:
     def __init__(self, run_dir: Path, inputs: list[InputRef], settings: dict[str, object], limit: float) -> None:
         """`inputs` and `settings`: all that decides the tensors of a name. `limit`: bytes, for all of the run's."""
         told = {ref.name: ref.digest for ref in inputs} | settings
-        told |= {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+        told |= {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": _device()}
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
         self._run_dir, self._folder, self._limit = run_dir, run_dir / FOLDER / key, limit
+        self._used = 0
         self.found, self.missed, self.kept = 0, 0, 0
 
     def read(self, name: str) -> dict[str, Tensor] | None:
@@ -42,15 +44,25 @@ class FeatureCache:
         return tensors
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write them if there is room."""
+        """Write them if there is room; a full disk is no room either."""
+        if self.kept % COUNTED == 0 and self._limit:
+            self._used = _size(self._run_dir / FOLDER)  # with what others wrote
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if _size(self._run_dir / FOLDER) + size > self._limit:
+        if self._used + size > self._limit:
+            self._limit = 0.0
             return
         path = self._folder / f"{name}.safetensors"
-        with new_file(path) as file:
-            file.write(safetensors.torch.save({key: each.detach().cpu().contiguous() for key, each in tensors.items()}))
-        ref = file.ref(path, self._run_dir)
-        write_bytes(path.with_suffix(".json"), ref.model_dump_json().encode(), self._run_dir)
+        content = safetensors.torch.save({key: each.detach().cpu().contiguous() for key, each in tensors.items()})
+        try:
+            with new_file(path) as file:
+                file.write(content)
+            ref = file.ref(path, self._run_dir)
+            write_bytes(path.with_suffix(".json"), ref.model_dump_json().encode(), self._run_dir)
+        except ResourceFailure as failure:
+            logger.warning("no more features are kept: {}", failure)
+            self._limit = 0.0
+            return
+        self._used += len(content)
         self.kept += 1
 
     def tell(self) -> None:
@@ -73,8 +85,16 @@ class FeatureCache:
                 raise IntegrityFailure(f"{descriptor} is of another file")
             return safetensors.torch.load_file(ref.check(self._run_dir))
         except (ValidationError, IntegrityFailure, OSError, safetensors.SafetensorError) as error:
-            logger.warning("computing again what was kept in {}: {}", path.name, error)
+            logger.warning("computing again the features in {}, which are damaged ({})", path, type(error).__name__)
+            path.unlink(missing_ok=True)
+            descriptor.unlink(missing_ok=True)
             return None
+
+
+def _device() -> str:
+    """What computes: others round differently."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return f"{torch.backends.cpu.get_cpu_capability()} {gpu}"
 
 
 def _size(folder: Path) -> int:

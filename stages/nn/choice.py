@@ -77,7 +77,7 @@ class ChosenExperts:
     def _choose(self, cache: ChoiceCache) -> list[int]:
         """The experts of the segment that begins."""
         now_BXF = cache.composed.prior_BXF
-        assert now_BXF is not None
+        assert now_BXF is not None and len(now_BXF) == 1, "texts differ in whom they ask"
         if cache.first_BXF is None:
             cache.first_BXF = now_BXF
         prior_BXF = cache.first_BXF.clone()

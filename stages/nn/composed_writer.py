@@ -33,7 +33,7 @@ def writable(model: ComposedModel) -> bool:
     return (
         all(packable(decoder) for decoder in (*model.decoders, *seeds))
         and all(expert.config == model.decoders[0].config for expert in model.decoders)
-        and (model.gate is None or isinstance(model.gate, SeedGate))
+        and (model.gate is None or (isinstance(model.gate, SeedGate) and model.gate.gates.layer > 0))
         and packable_layers([*central.encoder, *central.decoder])
         and central.config.rope_scaling is None
     )

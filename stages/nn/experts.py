@@ -64,7 +64,8 @@ class ExpertsCache:
         """Go on with the evidence that another context has of the first `rows` of its texts.
 
         Of tokens read so far nothing counts again. `follows`: the next token is the one after the last that was read
-        there, and how well it was predicted is evidence if every expert has read up to it.
+        there, and how well it was predicted there is evidence if every expert has read up to it; else how well it is
+        predicted here, if something was read here.
         """
         known = [old.evidence_BF for old in before.each if old.evidence_BF is not None]
         whole = all(old.layers.seen == before.seen for old in before.each)
@@ -74,9 +75,8 @@ class ExpertsCache:
                 evidence_BF = torch.zeros_like(known[0]) if old.evidence_BF is None else old.evidence_BF
                 missed = before.seen - old.layers.seen
                 own.evidence_BF = evidence_BF[:rows] * evidence_BF.new_tensor(FADING) ** missed
-            if follows:
-                own.last_BE = old.last_BE[:rows] if whole and old.last_BE is not None else None
-                own.next_BV = None
+            if follows and whole and old.last_BE is not None:
+                own.last_BE, own.next_BV = old.last_BE[:rows], None
 
 
 @dataclass

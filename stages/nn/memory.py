@@ -65,7 +65,10 @@ class ComposedReader:
 
     @torch.no_grad()
     def restart(self, kept: list[int]) -> None:
-        """See Restarts. What is kept is read once more and told of once: after it, what was known before counts."""
+        """See Restarts. What is kept is read once more: after it, what was known before counts, and nothing twice.
+
+        Meanwhile it is read as if it came after what is known; so are few experts chosen for it.
+        """
         before, self._cache = self._cache.composed, self._model.new_cache()
         if kept:
             recall(self._cache.composed, before, 1, follows=False)

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from schemas.failures import ResourceFailure
 from schemas.manifest import InputRef
+from stages.artifacts import feature_cache
 from stages.artifacts.feature_cache import FOLDER, FeatureCache
 
 INPUTS = [InputRef(name="experts", digest=f"sha256:{'0' * 64}")]
@@ -41,10 +43,39 @@ def test_nothing_is_kept_beyond_the_limit_of_the_run(tmp_path):
     assert tight.kept == 0 and tight.read("y") is None
     cache(tmp_path, used + size).keep("y", TENSORS)
     assert cache(tmp_path).read("y") is not None
+    own = cache(tmp_path / "own", used + size - 1)
+    for name in "xy":
+        own.keep(name, TENSORS)
+    assert own.kept == 1
+
+
+def test_a_full_disk_is_no_room_and_stops_nothing(tmp_path, monkeypatch):
+    def full(path):
+        raise ResourceFailure("no space left")
+
+    one = cache(tmp_path)
+    one.keep("x", TENSORS)
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "new_file", full)
+        one.keep("y", TENSORS)
+    one.keep("z", TENSORS)  # nor is it tried again
+    assert one.kept == 1 and one.read("x") is not None and one.read("z") is None
+
+
+def test_what_other_processes_keep_counts_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "COUNTED", 2)
+    size = sum(tensor.nbytes for tensor in TENSORS.values())
+    cache(tmp_path / "another").keep("x", TENSORS)
+    (path,) = tmp_path.rglob("x.safetensors")
+    one, other = cache(tmp_path, 4 * path.stat().st_size + size - 1), cache(tmp_path, head="states")
+    for number in range(4):
+        one.keep(f"{number}", TENSORS)
+        other.keep(f"{number}", TENSORS)
+    assert one.kept == 2 and other.kept == 4
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "gone", "descriptor", "of another"])
-def test_what_is_damaged_is_computed_again_and_said(tmp_path, damage, caplog):
+def test_what_is_damaged_is_computed_again_and_said(tmp_path, damage):
     one = cache(tmp_path)
     one.keep("x", TENSORS)
     one.keep("y", {"a": torch.zeros(2)})
@@ -61,6 +92,7 @@ def test_what_is_damaged_is_computed_again_and_said(tmp_path, damage, caplog):
     else:
         path.with_suffix(".json").write_bytes(path.with_name("y.json").read_bytes())
     assert one.read("x") is None
+    assert [path.stem for path in tmp_path.rglob("*.*") if path.is_file()] == ["y", "y"]
     one.keep("x", TENSORS)
     assert torch.equal(one.read("x")["a"], TENSORS["a"])
 

@@ -156,6 +156,9 @@ def test_models_with_parts_that_cannot_be_packed_are_not_writable() -> None:
     assert not writable(composed(experts=(SEED, OTHER)))
     assert not writable(composed(experts=(SEED.model_copy(update={"model_type": "qwen3"}),)))
     model = make()
+    model.gate.gates.layer = 0  # its seed has no layers to pack
+    assert not writable(model)
+    model = make()
     model.central.encoder[0].self_attn.q_norm = nn.LayerNorm(8)
     assert not writable(model)
     model = make()

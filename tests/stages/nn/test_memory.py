@@ -166,6 +166,24 @@ def test_an_expert_that_comes_back_after_a_new_context_counts_what_is_new_alone(
     torch.testing.assert_close(new.experts.each[0].evidence_BF, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_after_a_new_context_the_next_token_is_evidence_though_some_rested_before() -> None:
+    model, ids = composed(gate=False).eval().requires_grad_(False), some_ids(1, 2 * CONTEXT)
+    cache, new = model.new_cache(), model.new_cache()
+    model(ids[:, :3], cache)
+    model(ids[:, 3:CONTEXT], cache, active=[1])
+    recall(new, cache, 1, follows=False)
+    model(ids[:, 4:CONTEXT], new, active=[1])
+    recall(new, cache, 1)
+    told = new.experts.each[0].evidence_BF
+    model(ids[:, CONTEXT : CONTEXT + 1], new, active=[1])
+    likely = [expert(ids[:, 4:CONTEXT])[0, -1].log_softmax(-1)[ids[0, CONTEXT]] for expert in model.decoders]
+    assert new.experts.mean_BS is not None
+    torch.testing.assert_close(new.experts.mean_BS[0, -1], likely[1], atol=1e-4, rtol=1e-4)
+    model.experts._catch_up(0, new.experts)
+    expected = told * torch.tensor(FADING) + likely[0] - likely[1]
+    torch.testing.assert_close(new.experts.each[0].evidence_BF, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_a_prompt_too_long_begins_with_is_known_by_its_last_context() -> None:
     model = model_of()
     ids, context = some_ids(1, 60)[0].tolist(), 20
