@@ -2,6 +2,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -223,10 +225,19 @@ def _crash_at(run_dir: Path, event: int) -> None:
 
 
 def test_killed_before_any_step_a_run_holds_the_old_or_the_new_stage_whole(tmp_path: Path) -> None:
+    # By a process of its own: one that has run many tests can be too large to be forked.
+    program = "import sys; sys.path[:] = sys.argv[3:]; __import__(sys.argv[1]).crash_everywhere(sys.argv[2])"
+    command = [sys.executable, "-c", program, __name__, str(tmp_path), *sys.path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def crash_everywhere(folder: str) -> None:
+    """Kill the stage before its first step, its second, and so on until it has no more; look at what is left."""
     context = multiprocessing.get_context("fork")
     outcomes = []
     for event in range(1, 40):
-        run_dir = tmp_path / str(event)
+        run_dir = Path(folder) / str(event)
         run(ToyConfig(), run_dir)
         process = context.Process(target=_crash_at, args=(run_dir, event))
         process.start()
