@@ -35,3 +35,17 @@ def loud(config, seed=0, std=0.3):
             nn.init.normal_(part.k_proj.bias)
             nn.init.normal_(part.v_proj.bias)
     return decoder
+
+
+def some_ids(count, seed=1):
+    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def whole_pass(decoder, ids):
+    """Logits [V] after the last of them, read at once."""
+    return decoder(torch.tensor([ids]))[0, -1]
+
+
+def close(found, expected):
+    assert expected.abs().mean() > 0.3  # else anything would be close
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -1,25 +1,11 @@
 import pytest
 import torch
-from loud_decoder import VOCAB, loud, shape
+from loud_decoder import close, loud, shape, some_ids, whole_pass
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.nn.decoding import FIRST_ROOM, PackedDecoder
 from stages.nn.packing import packable
-
-
-def some_ids(count, seed=1):
-    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def whole_pass(decoder, ids):
-    return decoder(torch.tensor([ids]))[0, -1]
-
-
-def close(found, expected):
-    assert expected.abs().mean() > 0.3  # else anything would be close
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
 
 KINDS = pytest.mark.parametrize(
     "changes",
