@@ -24,16 +24,11 @@ from torch import Tensor
 from stages.nn.attention import Layer, rotary_angles
 from stages.nn.decoder import Decoder
 from stages.nn.masking import causal_mask
-from stages.nn.packing import PackedLayer, across
+from stages.nn.packing import PackedLayer, across, unit
 
 FIRST_ROOM = 256  # positions; doubled whenever they are used up
 
 Attend = Callable[[int, Tensor], Tensor]  # layer, q, k and v side by side [R, X E] -> [R, H E]
-
-
-def _unit(x_RD: Tensor, x_RW: Tensor) -> Tensor:
-    """States over their length: RMSNorm without its weights and without sqrt(D). `x_RW` has sqrt(eps D) behind them."""
-    return x_RD / torch.linalg.vector_norm(x_RW, dim=1, keepdim=True)
 
 
 class TextCache:
@@ -156,7 +151,7 @@ class PackedDecoder:
         return out_NHTE.transpose(1, 2).reshape(-1, self._found_width)
 
     def _states(self, ids: list[int], turn_R1C: Tensor, attend: Attend) -> Tensor:
-        """Output [R, D] of the last layer, not normed, with the column that `_unit` wants."""
+        """Output [R, D] of the last layer, not normed, with the column that `unit` wants."""
         rows, config = len(ids), self.config
         values_R1C = torch.ones_like(turn_R1C).expand(-1, config.num_key_value_heads, -1)
         turned = config.num_attention_heads + config.num_key_value_heads
@@ -167,17 +162,17 @@ class PackedDecoder:
         x_RD = x_RW[:, :-1]
         x_RD.copy_(F.embedding(torch.tensor(ids, device=x_RW.device), self._embed_VD))
         for index, layer in enumerate(self._layers):
-            qkv_RQ = torch.mm(_unit(x_RD, x_RW), layer.qkv_DQ)
+            qkv_RQ = torch.mm(unit(x_RD, x_RW), layer.qkv_DQ)
             if layer.bias_Q is not None:
                 qkv_RQ += layer.bias_Q
             qkv_RQ.view(torch.complex64).mul_(turn_RP)
             x_RD.addmm_(attend(index, qkv_RQ), layer.out_ED)
-            gate_RF, up_RF = torch.mm(_unit(x_RD, x_RW), layer.gate_up_DF).chunk(2, 1)
+            gate_RF, up_RF = torch.mm(unit(x_RD, x_RW), layer.gate_up_DF).chunk(2, 1)
             x_RD.addmm_(F.silu(gate_RF).mul_(up_RF), layer.down_FD)
         return x_RW
 
     def _logits(self, x_RW: Tensor) -> Tensor:
-        return torch.mm(_unit(x_RW[:, :-1], x_RW), self._head_DV)
+        return torch.mm(unit(x_RW[:, :-1], x_RW), self._head_DV)
 
     def _turn(self, positions: int) -> None:
         """Have the rotations of so many positions, as complex numbers of length one."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.nn.attention import Layer, StackCache, rotary_angles
-from stages.nn.packing import PackedLayer
+from stages.nn.packing import PackedLayer, unit
 
 FIRST_ROOM = 256  # positions; doubled whenever they are used up
 
@@ -160,7 +160,7 @@ class PackedStack:
         x_MNW[..., :-1] = x_MND
         x_MND = x_MNW[..., :-1]
         for number, (layer, k_NXSE, v_NXSE) in enumerate(zip(self._layers, keys, values, strict=True), 1):
-            qkv_MNQ = torch.bmm(_unit(x_MND, x_MNW), layer.qkv_MDQ)
+            qkv_MNQ = torch.bmm(unit(x_MND, x_MNW), layer.qkv_MDQ)
             if layer.bias_M1Q is not None:
                 qkv_MNQ += layer.bias_M1Q
             qkv_MNQ.view(torch.complex64).mul_(turn_NP)
@@ -171,7 +171,7 @@ class PackedStack:
             )
             found_MNE = found_NX1E.view(len(place_N), self.models, -1).transpose(0, 1)
             x_MND.baddbmm_(found_MNE, layer.out_MED)
-            gate_MNF, up_MNF = torch.bmm(_unit(x_MND, x_MNW), layer.gate_up_MDF).chunk(2, 2)
+            gate_MNF, up_MNF = torch.bmm(unit(x_MND, x_MNW), layer.gate_up_MDF).chunk(2, 2)
             x_MND.baddbmm_(F.silu(gate_MNF).mul_(up_MNF), layer.down_MFD)
             if visit is not None:
                 visit(number, x_MND)
@@ -195,8 +195,3 @@ class PackedStack:
         turned_NXC = turn_N1C.expand(-1, self.heads + self.key_value_heads, -1)
         values_NKC = torch.ones_like(turn_N1C).expand(-1, self.key_value_heads, -1)
         return torch.cat([turned_NXC, values_NKC], 1).flatten(1)
-
-
-def _unit(x_MND: Tensor, x_MNW: Tensor) -> Tensor:
-    """States over their length: RMSNorm without weights and without sqrt(D). `x_MNW` has sqrt(eps D) behind them."""
-    return x_MND / torch.linalg.vector_norm(x_MNW, dim=2, keepdim=True)

@@ -1,6 +1,6 @@
 """A decoder's weights laid out for writing text: each is read as fast as it can be, and for few products.
 
-Shape letters: O out, D model width, Q queries, keys and values, E heads' width together, F MLP width.
+Shape letters: R rows, O out, D model width, W = D + 1, Q queries, keys and values, E heads' width together, F MLP's.
 
 - stored as (in, out), which a product with one row reads faster than nn.Linear's (out, in); q, k and v are one product,
   and so are the two halves of the MLP's first layer
@@ -98,3 +98,11 @@ def across(norm: RMSNorm | None, *weights: Tensor) -> Tensor:
     if norm is not None:
         weight_OD = weight_OD * (norm.weight.detach() * weight_OD.shape[1] ** 0.5)
     return weight_OD.T.contiguous()
+
+
+def unit(x_RD: Tensor, x_RW: Tensor) -> Tensor:
+    """States [..., D] over their length: RMSNorm without weights and without sqrt(D).
+
+    `x_RW`: the same with sqrt(eps D) as one more number, so that their length is one norm.
+    """
+    return x_RD / torch.linalg.vector_norm(x_RW, dim=-1, keepdim=True)
