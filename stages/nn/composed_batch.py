@@ -17,7 +17,8 @@ from stages.nn.text_batches import Batch
 class ComposedPlace(ComposedReader):
     """The row of one text in a writer."""
 
-    def __init__(self, row: int, model: ChosenExperts, writer: ComposedWriter) -> None:
+    def __init__(self, row: int, model: ChosenExperts, writer: ComposedWriter | None = None) -> None:
+        """Without a writer that others share, one of its own is made when something is written."""
         self.row = row
         self._writer = writer
         self._written = False  # whether the writer has the text, or the cache
@@ -40,17 +41,17 @@ class ComposedPlace(ComposedReader):
             self._leave()
             super().read(before)
         if not self._written:
-            self._writer.take(self.row, self._cache.composed, self._cache.active)
+            self._packed().take(self.row, self._cache.composed, self._cache.active)
             self._written = True
         return newest
 
     def read(self, ids: list[int]) -> Tensor:
         """See Reader; for a text that is alone."""
-        seen = self._writer.length(self.row) if self._written else self._cache.composed.experts.seen
+        seen = self._packed().length(self.row) if self._written else self._cache.composed.experts.seen
         if self._model.chooses_at(seen + len(ids) - 1):
             self._leave()
             return super().read(ids)
-        return self._writer.step([self.read_to_last(ids)])[0].log_softmax(-1)
+        return self._packed().step([self.read_to_last(ids)])[0].log_softmax(-1)
 
     def batch(self, rows: int) -> "ComposedBatch | None":
         """For texts side by side, written by the same model; None where each chooses experts of its own."""
@@ -58,8 +59,12 @@ class ComposedPlace(ComposedReader):
 
     def _leave(self) -> None:
         if self._written:
-            self._writer.give_back(self.row)
+            self._packed().give_back(self.row)
             self._written = False
+
+    def _packed(self) -> ComposedWriter:
+        self._writer = self._writer or ComposedWriter(self._model.composed, 1)
+        return self._writer
 
 
 class ComposedBatch(Batch[ComposedPlace]):
@@ -84,4 +89,4 @@ def composed_reader(model: ChosenExperts) -> Reader:
     """What reads one text, as fast as it can be."""
     if not writable(model.composed):
         return ComposedReader(model)
-    return ComposedPlace(0, model, ComposedWriter(model.composed, 1))
+    return ComposedPlace(0, model)
