@@ -7,7 +7,7 @@ Shape letters: B batch, T new tokens, X experts, F priors per expert.
   the output layer is highest: what the gates said at the last token, and how well each expert predicted the opening
 - of experts at rest nothing newer than the opening is known but the gates' word. Where there are gates, what the
   opening said fades as evidence does, and an expert that comes in reads all it has missed. Without gates, the first
-  choice stands
+  choice of a context stands
 - texts differ in whom they ask, so each is read alone
 """
 

@@ -56,7 +56,7 @@ class ComposedLoss(nn.Module):
         return experts
 
     def _layers(self) -> list[list[int | None]]:
-        """By expert, for each of its states: its number if a bridge reads it, else that of one that is read."""
+        """By expert, for each of its states: its number where a bridge reads it, else None."""
         depths, found = self.composed.bridges.depths_read(), []
         for decoder in self.composed.decoders:
             last = decoder.config.num_hidden_layers

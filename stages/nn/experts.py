@@ -32,7 +32,7 @@ class ExpertCache:
     last_BE: Tensor | None = None
     next_BV: Tensor | None = None  # log-probabilities of the token after it, once someone has asked for them
     evidence_BF: Tensor | None = None
-    counted: int = 0  # tokens of this context that were evidence before it began
+    counted: int = 0  # tokens of this context that are in the evidence already, as another context told of them
 
     def predicted(self, expert: Decoder) -> Tensor:
         """Log-probabilities [B, V] of the token after the last one read."""

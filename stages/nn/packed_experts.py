@@ -52,9 +52,8 @@ class PackedExperts:
         self.room = self._stack.new_room(texts)
         width, words = config.hidden_size, config.vocab_size if self._heads_EV else 0
         self.last_NXE = self._norm_X1E.new_zeros((texts, len(decoders), width))
-        self.next_XNV = self._norm_X1E.new_zeros(
-            (len(decoders), texts, words)
-        )  # log-probabilities after the last token
+        # Log-probabilities after the last token.
+        self.next_XNV = self._norm_X1E.new_zeros((len(decoders), texts, words))
         self.evidence_NXF = self._norm_X1E.new_zeros((texts, len(decoders), self.kinds))
 
     def take(self, text: int, caches: Sequence[ExpertCache]) -> None:
