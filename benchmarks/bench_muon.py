@@ -12,6 +12,7 @@
   AdamW (medians of what the rates took): the row to compare it by
 - the rates are chosen with one seed of weights and order; with further ones the best are trained again, and the
   second table has their differences
+- first a step of the optimizer alone, of the model's matrices, against torch.optim.Muon's, in turn: medians of CPU time
 - text is tokenized into a temporary folder; 200 steps with one seed take less than 12 minutes on one core
 """
 
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 from loguru import logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from schemas.decoder import DecoderConfig
 from schemas.tokenize_text import TokenizeConfig, TokenizeManifest
@@ -33,6 +34,7 @@ from stages import tokenize_text
 from stages.data.batches import Rows
 from stages.data.token_store import TokenStore
 from stages.engine.loop import train
+from stages.engine.muon import Muon
 from stages.nn.decoder import Decoder, NextTokenLoss
 
 LENGTH, BATCH = 256, 8  # tokens of a row, rows of a step
@@ -75,6 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-muon-") as folder:
         text = _tokenized(Path(folder), options.inputs, options.bytes_per_source)
         shape = _shape(options.width, options.layers, text.vocabulary)
+        _print_step(shape)
         adamw, muon = (_searched(text, shape, optimizer, options.steps) for optimizer in RATES)
         cost = statistics.median(row.seconds for row in adamw) / statistics.median(row.seconds for row in muon)
         fitting = max(2, int(options.steps * cost))
@@ -132,6 +135,32 @@ def _trained(text: Text, shape: DecoderConfig, optimizer: str, rate: float, step
         f"{optimizer} at {rate:g}, seed {seed}: {steps} steps, {seconds:.0f} CPU s, loss {found.mean():.4f}", flush=True
     )
     return Trained(float(found.mean()), optimizer, rate, steps, seconds)
+
+
+def _print_step(shape: DecoderConfig, rounds: int = 20) -> None:
+    """How long cpipe's Muon and torch's take for one step."""
+    ours, theirs = _matrices(shape), _matrices(shape)
+    optimizers = (
+        Muon(ours, lr=1e-3, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for optimizer, taken in zip(optimizers, seconds, strict=True):
+            begun = time.process_time()
+            optimizer.step()
+            taken.append(time.process_time() - begun)
+    own, peer = (1000 * statistics.median(taken) for taken in seconds)
+    print(f"a step of Muon: {own:.0f} ms, of torch.optim.Muon {peer:.0f} ms: {peer / own:.1f} times\n", flush=True)
+
+
+def _matrices(shape: DecoderConfig) -> list[nn.Parameter]:
+    """Of the layers, with gradients."""
+    torch.manual_seed(0)
+    matrices = [parameter for parameter in Decoder(shape).model.layers.parameters() if parameter.dim() == 2]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    return matrices
 
 
 def _print(rows: list[Trained], reference: Trained, shape: DecoderConfig) -> None:

@@ -27,7 +27,7 @@ class TrainingConfig(Config):
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
     decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in which the rate of wsd falls.")
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="AdamW, or Muon for the matrices of layers and AdamW for the rest (engine torch only)."
+        "adamw", description="AdamW, or Muon for the matrices of layers and AdamW for the rest (not with ZeRO 1 to 3)."
     )
     weight_decay: float = Field(0.1, ge=0, description="Of either optimizer, on matrices only.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")

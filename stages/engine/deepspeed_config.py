@@ -74,7 +74,8 @@ def _compare(given: dict[str, Any], own: dict[str, Any], precision: str, config:
     _agree(zero, {"stage": config.zero_stage}, "zero_optimization.", {"stage": "--zero-stage"})
     offload, path = _table(zero, "offload_optimizer", "zero_optimization."), "zero_optimization.offload_optimizer."
     _agree(offload, {"device": config.offload_optimizer}, path, {"device": "--offload-optimizer"})
-    _agree(optimizer, {"type": "AdamW", "params": None}, "optimizer.", {}, strict=True)
+    kind = {"adamw": "AdamW", "muon": "Muon"}[config.optimizer]
+    _agree(optimizer, {"type": kind, "params": None}, "optimizer.", {"type": "--optimizer"}, strict=True)
     betas = [config.adam_beta1, config.adam_beta2]
     params = {"lr": config.learning_rate, "betas": betas, "eps": 1e-8, "weight_decay": config.weight_decay}
     flags = {"lr": "--learning-rate", "betas": "--adam-beta1 and -2", "weight_decay": "--weight-decay"}

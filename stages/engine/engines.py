@@ -16,7 +16,7 @@ from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
 from stages.engine.compilation import choose_compile
 from stages.engine.deepspeed_engine import DeepSpeedEngine, load_deepspeed
-from stages.engine.optimizer import Outcome, build_optimizers
+from stages.engine.optimizer import Outcome, build_optimizer
 from stages.engine.precision import Autocast, LossScale, choose_precision
 from stages.engine.processes import Place
 from stages.engine.torch_engine import TorchEngine
@@ -52,11 +52,10 @@ def start_engine(module: nn.Module, config: TrainingConfig, place: Place) -> Eng
     wrapped = Autocast(module, place.device, precision).to(place.device)
     if choose_compile(config, place, module):
         wrapped.compile()
-    optimizers, scale = build_optimizers(wrapped, config), LossScale(precision)
+    optimizer, scale = build_optimizer(wrapped, config), LossScale(precision)
     if name == "torch":
-        return TorchEngine(wrapped, optimizers, config, scale)
-    (adamw,) = optimizers
-    return DeepSpeedEngine(wrapped, adamw, config, scale, place)
+        return TorchEngine(wrapped, optimizer, config, scale)
+    return DeepSpeedEngine(wrapped, optimizer, config, scale, place)
 
 
 def _choose_engine(config: TrainingConfig, place: Place) -> str:
@@ -66,12 +65,11 @@ def _choose_engine(config: TrainingConfig, place: Place) -> str:
             "--offload-optimizer cpu needs --zero-stage 1, 2 or 3: without ZeRO there is nothing to move"
         )
     alone = place.world == 1 and not config.zero_stage and config.deepspeed is None
-    if config.optimizer == "muon":
-        if config.engine == "deepspeed" or not alone:
-            raise UsageFailure(
-                "--optimizer muon needs whole matrices in one process: use --engine torch without ZeRO, or adamw"
-            )
-        return "torch"
+    if config.optimizer == "muon" and config.zero_stage:
+        raise UsageFailure(
+            f"--optimizer muon needs whole matrices, which --zero-stage {config.zero_stage} takes apart: use "
+            "--zero-stage 0, or adamw"
+        )
     if config.engine == "torch":
         if not alone:
             raise UsageFailure(

@@ -1,7 +1,7 @@
 """The optimizer over what is trained, what a step of it came to, and its state under the names of a checkpoint."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
+from stages.engine.muon import Muon
 
 AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names torch gives them
 
@@ -35,27 +36,35 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def build_optimizers(module: nn.Module, config: TrainingConfig) -> list[Optimizer]:
+def build_optimizer(module: nn.Module, config: TrainingConfig) -> Optimizer:
     """AdamW, or Muon and AdamW. Weight decay only on matrices: a norm's scale or a gate has no reason to be small.
 
-    Raises UsageFailure where there is no Muon, or nothing for it to do.
+    Raises UsageFailure where there is nothing for Muon to do.
     """
     parameters = trained(module).values()
     if config.optimizer == "adamw":
-        return [_adamw(parameters, config)]
-    if not hasattr(torch.optim, "Muon"):
-        raise UsageFailure(f"--optimizer muon needs torch 2.9 or newer, found {torch.__version__}: use adamw")
+        return _adamw(parameters, config)
     inside = _matrices_of_layers(module)
     if not inside:
         raise UsageFailure("--optimizer muon: what is trained has no matrices inside layers: use adamw")
-    # Updates as large as AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so that rates and
-    # weight decay carry over.
-    muon = torch.optim.Muon(
-        inside, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    among = {id(parameter) for parameter in inside}
+    muon, among = Muon(inside, config.learning_rate, config.weight_decay), {id(parameter) for parameter in inside}
     rest = [parameter for parameter in parameters if id(parameter) not in among]
-    return [muon, _adamw(rest, config)] if rest else [muon]
+    return Together(muon, _adamw(rest, config)) if rest else muon
+
+
+class Together(Optimizer):
+    """Optimizers of different parameters as one: their groups and states are its own."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of each."""
+        for part in self._parts:
+            part.step()
 
 
 def numbers_kept(module: nn.Module, config: TrainingConfig) -> int:
@@ -97,20 +106,21 @@ def mean_parts(parts: list[Parts]) -> Parts:
 def read_state(name: str, parameter: nn.Parameter, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """A parameter that is whole, and its averages, under the names of a checkpoint."""
     yield f"weight/{name}", parameter.detach()
-    for key in averages_of(optimizer):  # none before the first step that was applied
+    for key in _averages_of(parameter, optimizer):  # none before the first step that was applied
         yield f"{key}/{name}", optimizer.state[parameter].get(key, torch.zeros_like(parameter))
 
 
 def write_state(name: str, parameter: nn.Parameter, optimizer: Optimizer, state: dict[str, Tensor], steps: int) -> None:
     """The inverse of `read_state`."""
     parameter.data.copy_(state[f"weight/{name}"])
-    keys = averages_of(optimizer)
+    keys = _averages_of(parameter, optimizer)
     averages = {key: state[f"{key}/{name}"].to(parameter.device).clone() for key in keys}
     if keys == AVERAGES:
         averages["step"] = torch.tensor(float(steps), device=parameter.device)
     optimizer.state[parameter] = averages
 
 
-def averages_of(optimizer: Optimizer) -> tuple[str, ...]:
-    """The names of what the optimizer keeps for each parameter."""
-    return AVERAGES if isinstance(optimizer, torch.optim.AdamW) else ("momentum_buffer",)
+def _averages_of(parameter: nn.Parameter, optimizer: Optimizer) -> tuple[str, ...]:
+    """The names of what the optimizer keeps for a parameter."""
+    (group,) = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    return AVERAGES if "betas" in group else ("momentum_buffer",)

@@ -13,12 +13,9 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(
-        self, module: nn.Module, optimizers: list[Optimizer], config: TrainingConfig, scale: LossScale
-    ) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer, config: TrainingConfig, scale: LossScale) -> None:
         self.module = module
-        self.optimizers = optimizers
-        self._owner = {p: one for one in optimizers for group in one.param_groups for p in group["params"]}
+        self._optimizer = optimizer
         self._clipping = config.gradient_clipping
         self._scale = scale
 
@@ -31,23 +28,22 @@ class TorchEngine:
         self._scale.lower(trained(self.module).values())
         norm = nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping)
         applied = bool(norm.isfinite())
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            if applied:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if applied:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         return Outcome(mean_parts(parts), float(norm), applied, self._scale.update(applied))
 
     def state(self) -> dict[str, Tensor]:
         """See Engine."""
         state = self._scale.state()
         for name, parameter in trained(self.module).items():
-            state.update(read_state(name, parameter, self._owner[parameter]))
+            state.update(read_state(name, parameter, self._optimizer))
         return state
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """See Engine."""
         self._scale.load_state(state)
         for name, parameter in trained(self.module).items():
-            write_state(name, parameter, self._owner[parameter], state, steps)
+            write_state(name, parameter, self._optimizer, state, steps)

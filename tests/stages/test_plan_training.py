@@ -19,7 +19,7 @@ from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedConfig, SeedManifest
 from stages import export_model, import_model, plan_training
 from stages.artifacts.model_folder import read_model
-from stages.engine.optimizer import build_optimizers
+from stages.engine.optimizer import build_optimizer
 from stages.nn.decoder import Decoder, NextTokenLoss
 from stages.nn.lora import add_adapters
 from stages.nn.planning import cost_of_pass
@@ -132,12 +132,10 @@ def test_offloaded_averages_leave_the_device(config, evaluated_run, planned, sta
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_the_optimizer_keeps_is_what_it_has_after_a_step(config, evaluated_run, planned, optimizer):
     decoder = Decoder(*read_model(evaluated_run, SeedManifest.read(evaluated_run))[:1])
-    optimizers = build_optimizers(decoder, config.seed.training.model_copy(update={"optimizer": optimizer}))
+    chosen = build_optimizer(decoder, config.seed.training.model_copy(update={"optimizer": optimizer}))
     decoder(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-    for one in optimizers:
-        one.step()
-    states = [state for one in optimizers for state in one.state.values()]
-    held = sum(value.nbytes for state in states for name, value in state.items() if name != "step")
+    chosen.step()
+    held = sum(value.nbytes for state in chosen.state.values() for name, value in state.items() if name != "step")
     assert plan_seed(config, evaluated_run, optimizer=optimizer).memory.optimizer == held
     assert (held == planned["seed"].memory.optimizer) == (optimizer == "adamw")
 

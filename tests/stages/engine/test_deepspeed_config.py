@@ -111,7 +111,7 @@ def test_equal_values_and_auto_change_nothing(tmp_path: Path) -> None:
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             '"nvme", but --offload-optimizer says "none"',
         ),
-        ({"optimizer": {"type": "Lamb"}}, 'optimizer.type is "Lamb", but cpipe says "AdamW"'),
+        ({"optimizer": {"type": "Lamb"}}, 'optimizer.type is "Lamb", but --optimizer says "AdamW"'),
         ({"optimizer": {"params": {"lr": 0.1}}}, "optimizer.params.lr is 0.1, but --learning-rate says 0.01"),
         ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, r"is \[0.9, 0.999\], but --adam-beta1"),
         ({"optimizer": {"params": {"muon": 1}}}, "`optimizer.params.muon` is not one of lr, betas"),

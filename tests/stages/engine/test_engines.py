@@ -6,10 +6,10 @@ from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 from schemas.central import CentralConfig
 from schemas.decoder import DecoderConfig
 from schemas.failures import UsageFailure
-from stages.engine import engines
+from stages.engine import engines, muon
 from stages.engine.engines import start_engine
 from stages.engine.loop import train
-from stages.engine.optimizer import build_optimizers
+from stages.engine.optimizer import build_optimizer
 from stages.engine.precision import LossScale, choose_precision
 from stages.engine.processes import Place
 from stages.engine.schedule import learning_rate
@@ -266,7 +266,7 @@ def test_there_is_nothing_to_offload_without_zero():
 def muon_update(momentum, gradient):
     """Keller Jordan's Muon in ten lines: Nesterov momentum made nearly orthogonal, as large as AdamW's update."""
     momentum.lerp_(gradient, 1 - 0.95)
-    x = gradient.lerp(momentum, 0.95).bfloat16()
+    x = gradient.lerp(momentum, 0.95)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
@@ -276,7 +276,9 @@ def muon_update(momentum, gradient):
     return (x.T if tall else x) * 0.2 * max(x.shape) ** 0.5
 
 
-def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(tmp_path):
+@pytest.mark.parametrize(("engine", "half"), [("torch", False), ("zero-0", False), ("torch", True)])
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(engine, half, tmp_path, monkeypatch):
+    monkeypatch.setattr(muon, "bf16_is_fast", lambda device: half)
     settings = config(optimizer="muon")
     module = Toy()
     inside = [module.hidden.weight, module.out.weight]
@@ -297,7 +299,8 @@ def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(tmp_path):
                 parameter.mul_(1 - rate * settings.weight_decay)
                 parameter.sub_(rate * muon_update(momentum, parameter.grad))
         module.zero_grad()
-    assert_close(trained(tmp_path, optimizer="muon"), weights(module), 1e-3)  # bf16 rounds what is nearly orthogonal
+    found = trained(tmp_path, optimizer="muon", **ENGINES[engine])
+    assert_close(found, weights(module), 1e-3 if half else 1e-6)
     far = (weights(module)["out.weight"] - trained(tmp_path)["out.weight"]).abs().max()
     assert far > 1e-2
 
@@ -307,14 +310,15 @@ def test_embeddings_and_the_output_layer_are_not_muons():
     for tied in (True, False):
         config_ = DecoderConfig(**shape, num_hidden_layers=1, num_key_value_heads=1, tie_word_embeddings=tied)
         decoder = Decoder(config_)
-        muon, adamw = build_optimizers(decoder, config(optimizer="muon"))
-        inside = {id(p) for p in muon.param_groups[0]["params"]}
+        first, *adamw = build_optimizer(decoder, config(optimizer="muon")).param_groups
+        inside = {id(p) for p in first["params"]}
         named = {name for name, p in decoder.named_parameters() if id(p) in inside}
         assert named == {name for name in decoder.state_dict() if "proj" in name}
-        assert sum(len(group["params"]) for group in adamw.param_groups) == 3 + 1 + (not tied)
+        assert sum(len(group["params"]) for group in adamw) == 3 + 1 + (not tied)
 
 
-def test_muon_skips_stops_and_resumes_to_the_bit(tmp_path):
+@pytest.mark.parametrize("engine", ["torch", "zero-0"])
+def test_muon_skips_stops_and_resumes_to_the_bit(engine, tmp_path):
     class Killed(Exception):
         pass
 
@@ -323,22 +327,21 @@ def test_muon_skips_stops_and_resumes_to_the_bit(tmp_path):
             raise Killed
         return batch_with(1)(step)
 
+    settings = config(optimizer="muon", **ENGINES[engine])
     whole, cut, again = Toy(), Toy(), False
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    train(whole, batch_with(1), config(optimizer="muon"), tmp_path / "whole", "toy")
+    train(whole, batch_with(1), settings, tmp_path / "whole", "toy")
     with pytest.raises(Killed):
-        train(Toy(), batches, config(optimizer="muon"), tmp_path / "cut", "toy")
+        train(Toy(), batches, settings, tmp_path / "cut", "toy")
     again = True
-    train(cut, batches, config(optimizer="muon"), tmp_path / "cut", "toy")
+    train(cut, batches, settings, tmp_path / "cut", "toy")
     assert_close(weights(cut), weights(whole), 0)
 
 
-@pytest.mark.parametrize("settings", [{"engine": "deepspeed"}, {"engine": "auto", "zero_stage": 1}])
-def test_muon_is_for_one_process(settings):
-    assert start_engine(Toy(), config(engine="auto", optimizer="muon"), ALONE).name == "torch"
-    with pytest.raises(UsageFailure, match="--optimizer muon needs whole matrices in one process"):
-        start_engine(Toy(), config(**settings, optimizer="muon"), ALONE)
+def test_muon_needs_matrices_and_whole_ones():
+    with pytest.raises(UsageFailure, match="--optimizer muon needs whole matrices, which --zero-stage 1 takes apart"):
+        start_engine(Toy(), config(engine="auto", zero_stage=1, optimizer="muon"), ALONE)
     vectors = nn.ParameterList([nn.Parameter(torch.ones(3))])
     with pytest.raises(UsageFailure, match="--optimizer muon: what is trained has no matrices inside layers"):
         start_engine(vectors, config(engine="torch", optimizer="muon"), ALONE)

@@ -392,6 +392,15 @@ def test_two_processes_give_the_weights_of_one(engines, tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 9))
 
 
+def test_two_processes_give_the_weights_of_one_with_muon(tmp_path):
+    expected = trained(tmp_path / "one", module=Toy(), optimizer="muon")
+    for rank, process in enumerate(in_two(tmp_path / "two", config(**ENGINES["zero-0"], optimizer="muon"))):
+        code, errors = ended(process, tmp_path / "two", rank)
+        assert code == 0, errors
+    for rank in (0, 1):
+        assert_close(weights_of(tmp_path / "two", rank), expected[0], 1e-5)
+
+
 @pytest.mark.parametrize(
     "engines", [("zero-0", "zero-1"), pytest.param(("zero-2", "zero-3"), marks=pytest.mark.slow)], ids=str
 )
