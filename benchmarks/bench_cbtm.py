@@ -45,6 +45,7 @@ sequence_length = {length}
 batch_size = {batch}
 steps = {seed_steps}
 learning_rate = 4e-3
+optimizer = "adamw"
 schedule = "{schedule}"
 
 [train-experts]
@@ -52,6 +53,7 @@ sequence_length = {length}
 batch_size = {batch}
 steps = {steps}
 learning_rate = 2e-3
+optimizer = "adamw"
 dense = {dense}
 
 [evaluate]

@@ -171,7 +171,7 @@ def _trained(text: Text, name: str, seed: int, steps: int) -> Result:
     flops = forward_flops(logits, LENGTH)
     config = TrainingConfig(
         steps=steps, batch_size=BATCH, sequence_length=LENGTH, learning_rate=RATE, engine="torch", precision="fp32",
-        compile="off", checkpoint_every=steps, tensorboard=False, log_every=steps, seed=seed,
+        optimizer="adamw", compile="off", checkpoint_every=steps, tensorboard=False, log_every=steps, seed=seed,
     )  # fmt: skip
     begun = time.process_time()
     with tempfile.TemporaryDirectory(prefix="bench-central-") as folder:

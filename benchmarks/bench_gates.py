@@ -34,6 +34,7 @@ sequence_length = 256
 batch_size = 8
 steps = 500
 learning_rate = 3e-3
+optimizer = "adamw"
 
 [train-experts]
 kind = "lora"
@@ -43,6 +44,7 @@ sequence_length = 256
 batch_size = 8
 steps = 500
 learning_rate = 5e-3
+optimizer = "adamw"
 dense = false
 
 [train-gates]

@@ -86,7 +86,10 @@ def _configs(experts: int, steps: int) -> Iterator[tuple[str, PlanConfig]]:
 
 
 def _config(experts: int, steps: int, **changes: Any) -> PlanConfig:
-    known = {"steps": steps, "checkpoint_every": steps, "precision": "fp32", "engine": "torch", "compile": "off"}
+    known = {
+        "steps": steps, "checkpoint_every": steps, "precision": "fp32", "engine": "torch", "compile": "off",
+        "optimizer": "adamw",
+    }  # fmt: skip
     training = TrainingConfig(
         **{**known, "batch_size": ROWS, "sequence_length": LENGTH, "tensorboard": False, **changes}
     )

@@ -121,7 +121,7 @@ def batch_at(step: int) -> Tensor:
 
 
 def settings(**changes: Any) -> TrainingConfig:
-    known = {"steps": 10_000, "checkpoint_every": 10_000, "precision": "fp32", "engine": "torch"}
+    known = {"steps": 10_000, "checkpoint_every": 10_000, "precision": "fp32", "engine": "torch", "optimizer": "adamw"}
     return TrainingConfig(**{**known, "batch_size": OPTIONS.batch, "sequence_length": OPTIONS.length, **changes})
 
 

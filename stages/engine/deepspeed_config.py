@@ -22,8 +22,8 @@ KNOWN = (*PASSED, "zero_optimization", *COMPARED, *FIXED, "steps_per_print")
 UNPASSED_ZERO = ("offload_param", "zenflow", "elastic_checkpoint", "load_from_fp32_weights")
 
 
-def deepspeed_config(config: TrainingConfig, precision: str, world: int) -> dict[str, Any]:
-    """What DeepSpeed is told, for `world` processes.
+def deepspeed_config(config: TrainingConfig, precision: str, optimizer: str, world: int) -> dict[str, Any]:
+    """What DeepSpeed is told, for `world` processes; `precision` and `optimizer` as chosen.
 
     Raises UsageFailure for a key of the user's file that is unknown or says another thing than cpipe's settings.
     """
@@ -38,7 +38,7 @@ def deepspeed_config(config: TrainingConfig, precision: str, world: int) -> dict
     for key in UNPASSED_ZERO:
         if key in zero:
             raise UsageFailure(f"--deepspeed: `zero_optimization.{key}` is not handed to DeepSpeed: leave it out")
-    _compare(given, own, precision, config)
+    _compare(given, own, precision, optimizer, config)
     offload = {**_table(zero, "offload_optimizer", "zero_optimization."), "device": config.offload_optimizer}
     passed = {key: given[key] for key in PASSED if key in given}
     zero = {**_without_auto(zero), "stage": config.zero_stage}
@@ -62,7 +62,7 @@ def _own(config: TrainingConfig, world: int) -> dict[str, Any]:
     }
 
 
-def _compare(given: dict[str, Any], own: dict[str, Any], precision: str, config: TrainingConfig) -> None:
+def _compare(given: dict[str, Any], own: dict[str, Any], precision: str, chosen: str, config: TrainingConfig) -> None:
     """Refuse what contradicts cpipe's settings."""
     _agree(
         given,
@@ -74,7 +74,7 @@ def _compare(given: dict[str, Any], own: dict[str, Any], precision: str, config:
     _agree(zero, {"stage": config.zero_stage}, "zero_optimization.", {"stage": "--zero-stage"})
     offload, path = _table(zero, "offload_optimizer", "zero_optimization."), "zero_optimization.offload_optimizer."
     _agree(offload, {"device": config.offload_optimizer}, path, {"device": "--offload-optimizer"})
-    kind = {"adamw": "AdamW", "muon": "Muon"}[config.optimizer]
+    kind = {"adamw": "AdamW", "muon": "Muon"}[chosen]
     _agree(optimizer, {"type": kind, "params": None}, "optimizer.", {"type": "--optimizer"}, strict=True)
     betas = [config.adam_beta1, config.adam_beta2]
     params = {"lr": config.learning_rate, "betas": betas, "eps": 1e-8, "weight_decay": config.weight_decay}
@@ -85,9 +85,9 @@ def _compare(given: dict[str, Any], own: dict[str, Any], precision: str, config:
         raise UsageFailure(f"--deepspeed: scheduler {found} beside --schedule {config.schedule}: leave it out")
     scale = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": LossScale.PATIENCE, "min_loss_scale": 1}
     for name in ("fp16", "bf16"):
-        table, chosen = _table(given, name), {"enabled": precision == name}
+        table, switch = _table(given, name), {"enabled": precision == name}
         strict = table.get("enabled") is True  # what is switched off may say what it likes
-        _agree(table, chosen | (scale if strict else {}), f"{name}.", {"enabled": "--precision"}, strict=strict)
+        _agree(table, switch | (scale if strict else {}), f"{name}.", {"enabled": "--precision"}, strict=strict)
 
 
 def _agree(

@@ -17,7 +17,17 @@ from torch.optim import Optimizer
 
 from schemas.training import TrainingConfig
 from stages.engine.deepspeed_config import deepspeed_config
-from stages.engine.optimizer import AVERAGES, Outcome, Parts, mean_parts, poisoned, read_state, trained, write_state
+from stages.engine.optimizer import (
+    AVERAGES,
+    Outcome,
+    Parts,
+    choose_optimizer,
+    mean_parts,
+    poisoned,
+    read_state,
+    trained,
+    write_state,
+)
 from stages.engine.precision import LossScale, choose_precision
 from stages.engine.processes import Place, join_processes
 
@@ -47,7 +57,9 @@ class DeepSpeedEngine:
             model=module,
             optimizer=optimizer,
             dist_init_required=False,
-            config=deepspeed_config(config, choose_precision(config, place), place.world),
+            config=deepspeed_config(
+                config, choose_precision(config, place), choose_optimizer(config, module), place.world
+            ),
         )
         # ZeRO 3 replaces this function for the whole process, and never puts it back.
         self._linear, functional.linear = functional.linear, linear

@@ -65,11 +65,6 @@ def _choose_engine(config: TrainingConfig, place: Place) -> str:
             "--offload-optimizer cpu needs --zero-stage 1, 2 or 3: without ZeRO there is nothing to move"
         )
     alone = place.world == 1 and not config.zero_stage and config.deepspeed is None
-    if config.optimizer == "muon" and config.zero_stage:
-        raise UsageFailure(
-            f"--optimizer muon needs whole matrices, which --zero-stage {config.zero_stage} takes apart: use "
-            "--zero-stage 0, or adamw"
-        )
     if config.engine == "torch":
         if not alone:
             raise UsageFailure(

@@ -36,17 +36,30 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def build_optimizer(module: nn.Module, config: TrainingConfig) -> Optimizer:
-    """AdamW, or Muon and AdamW. Weight decay only on matrices: a norm's scale or a gate has no reason to be small.
+def choose_optimizer(config: TrainingConfig, module: nn.Module) -> str:
+    """What `auto` stands for: Muon where there are linear maps for it, and whole ones.
 
-    Raises UsageFailure where there is nothing for Muon to do.
+    Raises UsageFailure where Muon is asked for and cannot be.
     """
+    matrices = bool(_matrices_of_layers(module))
+    if config.optimizer == "auto":
+        return "muon" if matrices and not config.zero_stage else "adamw"
+    if config.optimizer == "muon" and config.zero_stage:
+        raise UsageFailure(
+            f"--optimizer muon needs whole matrices, which --zero-stage {config.zero_stage} takes apart: use "
+            "--zero-stage 0, or adamw"
+        )
+    if config.optimizer == "muon" and not matrices:
+        raise UsageFailure("--optimizer muon: what is trained has no matrices inside layers: use adamw")
+    return config.optimizer
+
+
+def build_optimizer(module: nn.Module, config: TrainingConfig) -> Optimizer:
+    """AdamW, or Muon and AdamW. Weight decay only on matrices: a norm's scale or a gate has no reason to be small."""
     parameters = trained(module).values()
-    if config.optimizer == "adamw":
+    if choose_optimizer(config, module) == "adamw":
         return _adamw(parameters, config)
     inside = _matrices_of_layers(module)
-    if not inside:
-        raise UsageFailure("--optimizer muon: what is trained has no matrices inside layers: use adamw")
     muon, among = Muon(inside, config.learning_rate, config.weight_decay), {id(parameter) for parameter in inside}
     rest = [parameter for parameter in parameters if id(parameter) not in among]
     return Together(muon, _adamw(rest, config)) if rest else muon
@@ -69,7 +82,7 @@ class Together(Optimizer):
 
 def numbers_kept(module: nn.Module, config: TrainingConfig) -> int:
     """How many numbers the optimizers keep of what is trained: AdamW two for each weight, Muon one."""
-    inside = _matrices_of_layers(module) if config.optimizer == "muon" else []
+    inside = _matrices_of_layers(module) if choose_optimizer(config, module) == "muon" else []
     return 2 * sum(p.numel() for p in trained(module).values()) - sum(p.numel() for p in inside)
 
 
@@ -87,10 +100,11 @@ def _adamw(parameters: Collection[nn.Parameter], config: TrainingConfig) -> torc
 
 
 def _matrices_of_layers(module: nn.Module) -> list[nn.Parameter]:
-    """Not embeddings and output layers: their rows are tokens, which are updated each for itself (Jordan 2024)."""
-    tokens = {id(p) for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+    """Those of linear maps, but of no output layer: its rows are tokens, as an embedding's are (Jordan 2024)."""
+    embedded = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    linear = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)} - embedded
     named = trained(module).items()
-    return [p for name, p in named if p.dim() == 2 and id(p) not in tokens and not name.endswith("lm_head.weight")]
+    return [p for name, p in named if id(p) in linear and not name.endswith("lm_head.weight")]
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -64,7 +64,7 @@ def whole_settings(path: Path) -> None:
 
 
 def deepspeed_file(path: Path) -> None:
-    deepspeed_config(validated(TrainingConfig, {"deepspeed": str(path)}, "cpipe train-seed"), "fp32", 1)
+    deepspeed_config(validated(TrainingConfig, {"deepspeed": str(path)}, "cpipe train-seed"), "fp32", "adamw", 1)
 
 
 def token_shard(path: Path) -> None:

@@ -19,7 +19,7 @@ ALONE = Place(0, 0, 1, torch.device("cpu"))
 
 
 def told(given: dict[str, Any], world: int = 1, precision: str = "fp32", **settings: Any) -> dict[str, Any]:
-    return deepspeed_config(config(deepspeed=json.dumps(given), **settings), precision, world)
+    return deepspeed_config(config(deepspeed=json.dumps(given), **settings), precision, "adamw", world)
 
 
 def test_a_file_for_the_field_is_replaced_by_its_content(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ class Toy(nn.Module):
 def config(**changes):
     settings = {
         "steps": 8, "batch_size": 4, "sequence_length": 6, "learning_rate": 1e-2, "warmup": 0.25, "log_every": 1,
-        "checkpoint_every": 3, "engine": "torch", "precision": "fp32", "gradient_clipping": 0.85,  # of some steps
+        "checkpoint_every": 3, "engine": "torch", "optimizer": "adamw", "precision": "fp32",
+        "gradient_clipping": 0.85,  # of some steps
     }  # fmt: skip
     return TrainingConfig(**{**settings, **changes})
 
