@@ -1,10 +1,10 @@
 """The whole pipeline on a folder of text of several domains, and the comparisons it is built for.
 
-    python benchmarks/bench_pipeline.py RUN 'corpus/*.jsonl.zst' [--seed 0]
+    python benchmarks/bench_pipeline.py RUN 'corpus/*.jsonl.zst' [--seed 0] [--optimizer muon]
 
 Every stage is a `cpipe` command, so an interrupted benchmark goes on where it stopped. Prints the table and, for each
-claim, which row won and by how much, whatever the outcome. `--seed`: of all trainings; tokens and clusters stay the
-same, so RUN may begin as a copy of another run's `tokens` and `clusters`.
+claim, which row won and by how much, whatever the outcome. `--seed` and `--optimizer` are of all trainings; tokens and
+clusters stay the same, so RUN may begin as a copy of another run's `tokens` and `clusters`.
 """
 
 import argparse
@@ -33,14 +33,16 @@ num_key_value_heads = 4
 sequence_length = 256
 batch_size = 16
 steps = 1200
-learning_rate = 4e-3
+optimizer = "{optimizer}"
+learning_rate = {rates[0]}
 
 [train-experts]
 seed = {seed}
 sequence_length = 256
 batch_size = 16
 steps = 1500
-learning_rate = 2e-3
+optimizer = "{optimizer}"
+learning_rate = {rates[1]}
 dense_steps = {dense_steps}
 
 [train-gates]
@@ -74,11 +76,15 @@ decoder_layers = 2
 sequence_length = 256
 batch_size = 16
 steps = 100
-learning_rate = 2e-3
+optimizer = "{optimizer}"
+learning_rate = {rates[2]}
 bridge_steps = 300
 bridge_batch_size = 8
-bridge_learning_rate = 3e-3
+bridge_learning_rate = {rates[3]}
 """
+
+# Of the seed; of experts and dense; of the central model alone; and with the experts in place.
+RATES = {"muon": (8e-3, 4e-3, 8e-3, 4e-3), "adamw": (4e-3, 2e-3, 2e-3, 3e-3)}
 
 # (name, bridge, what is mixed in the end, experts, whether it is told how well each predicted the tokens so far, gates)
 COMPOSITIONS = (
@@ -116,15 +122,17 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("inputs", nargs="+")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--optimizer", choices=RATES, default="muon")
     asked = parser.parse_args()
     run: Path = asked.run
     run.mkdir(parents=True, exist_ok=True)
     further = sorted(int(path.parent.name.split("-")[1]) for path in run.glob("dense-*/manifest.json"))
-    metrics = pipeline(run, asked.inputs, further, asked.seed)
+    trainings = {"seed": asked.seed, "optimizer": asked.optimizer, "rates": RATES[asked.optimizer]}
+    metrics = pipeline(run, asked.inputs, further, trainings)
     # One model that gets all the FLOPs of the composed one: how many steps that is, the table tells.
     steps = metrics["dense_steps"]["composed stitch"]
     if steps not in further:
-        metrics = pipeline(run, asked.inputs, [*further, steps], asked.seed)
+        metrics = pipeline(run, asked.inputs, [*further, steps], trainings)
     rows = {row["model"]: row for row in metrics["rows"]}
     print((run / "reports" / "table.md").read_text())
     print(
@@ -137,13 +145,13 @@ def main() -> None:
         print(f"| {why} | {first} | {low:.4f} | {second} | {high:.4f} | {100 * (low / high - 1):+.2f} % | {holds} |")
 
 
-def pipeline(run: Path, inputs: list[str], dense_steps: list[int], seed: int) -> dict[str, Any]:
+def pipeline(run: Path, inputs: list[str], dense_steps: list[int], trainings: dict[str, Any]) -> dict[str, Any]:
     """Run what is not up to date; the metrics of the evaluation."""
     compositions = (
-        COMPOSITION.format(name=n, bridge=b, head=h, experts=x, evidence=e, gates=g, seed=seed)
+        COMPOSITION.format(name=n, bridge=b, head=h, experts=x, evidence=e, gates=g, **trainings)
         for n, b, h, x, e, g in COMPOSITIONS
     )
-    (run / "cpipe.toml").write_text(SETTINGS.format(dense_steps=dense_steps, seed=seed) + "".join(compositions))
+    (run / "cpipe.toml").write_text(SETTINGS.format(dense_steps=dense_steps, **trainings) + "".join(compositions))
     # What is up to date is left alone; with a further dense model, the evaluation is not.
     subprocess.run([sys.executable, "-m", "cpipe", "run", str(run), *inputs, "--force"], check=True)
     found: dict[str, Any] = json.loads((run / "reports" / "manifest.json").read_text())["metrics"]

@@ -9,7 +9,7 @@ from schemas.failures import UsageFailure
 from stages.engine import engines, muon
 from stages.engine.engines import start_engine
 from stages.engine.loop import train
-from stages.engine.optimizer import build_optimizer
+from stages.engine.optimizer import build_optimizer, choose_optimizer
 from stages.engine.precision import LossScale, choose_precision
 from stages.engine.processes import Place
 from stages.engine.schedule import learning_rate
@@ -305,6 +305,15 @@ def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(engine, half, tmp_
     assert far > 1e-2
 
 
+def test_tables_of_the_central_model_are_not_muons():
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    central = CentralModel(CentralConfig(**shape, num_key_value_heads=2))
+    inside = {id(p) for p in build_optimizer(central, config(optimizer="muon")).param_groups[0]["params"]}
+    others = {name for name, p in central.named_parameters() if p.dim() == 2 and id(p) not in inside}
+    tables = {"start_KD", "start_HD", "reducer.slot_KD", "upsampler.place_GD", "plan_reader.distance_HD"}
+    assert others == {"embed_tokens.weight", *tables}
+
+
 def test_embeddings_and_the_output_layer_are_not_muons():
     shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     for tied in (True, False):
@@ -337,6 +346,22 @@ def test_muon_skips_stops_and_resumes_to_the_bit(engine, tmp_path):
     again = True
     train(cut, batches, settings, tmp_path / "cut", "toy")
     assert_close(weights(cut), weights(whole), 0)
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"), [("torch", "muon"), ("zero-0", "muon"), ("zero-1", "adamw"), ("zero-3", "adamw")]
+)
+def test_auto_is_muon_unless_zero_takes_the_matrices_apart(engine, expected, tmp_path):
+    found, named = Toy(), Toy()
+    metrics = train(found, batch_at, config(**ENGINES[engine], optimizer="auto"), tmp_path, "toy")
+    train(named, batch_at, config(**ENGINES[engine], optimizer=expected), tmp_path, "toy")
+    assert metrics.optimizer == expected
+    assert_close(weights(found), weights(named), 0)
+
+
+def test_auto_is_adamw_where_there_is_no_linear_map():
+    vectors = nn.ParameterList([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 4))])
+    assert choose_optimizer(config(optimizer="auto"), vectors) == "adamw"
 
 
 def test_muon_needs_matrices_and_whole_ones():
