@@ -4,7 +4,8 @@ import pytest
 import safetensors.torch
 import torch
 import torch._dynamo
-from toy_training import Toy, batch_at, config, started, weights
+from toy_processes import started
+from toy_training import Toy, batch_at, config, weights
 
 from schemas.decoder import DecoderConfig
 from schemas.failures import InterruptedFailure, UsageFailure

@@ -4,15 +4,14 @@ import math
 import os
 import random
 import signal
-import socket
 import time
 
 import pytest
-import safetensors.torch
 import torch
 from test_engines import ENGINES, assert_close, reference
 from torch import nn
-from toy_training import VOCAB, Toy, batch_at, batch_with, config, started, weights
+from toy_processes import ended, in_two, started, wait_for_step, weights_of
+from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 
 from schemas import launch
 from schemas.failures import DivergedFailure, InterruptedFailure, ResourceFailure, UsageFailure
@@ -342,38 +341,6 @@ def test_a_resumed_training_has_each_sample_once_and_the_weights_of_one_without(
 
 
 # In processes of their own
-
-
-def ended(process, folder, rank=0, seconds=60):
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        pytest.fail("the process does not end")
-    return process.exitcode, (folder / f"errors-{rank}").read_text()
-
-
-def wait_for_step(folder, step, process, rank=0):
-    trace = folder / f"step-{rank}"
-    for _ in range(3000):
-        if trace.is_file() and int(trace.read_text() or 0) >= step:
-            return
-        assert process.is_alive(), (folder / f"errors-{rank}").read_text()
-        time.sleep(0.01)
-    pytest.fail("the training does not get on")
-
-
-def in_two(folder, *settings, environment=None):
-    """Two processes of one training, as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", **(environment or {})}
-    ranks = ({"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in "01")
-    return [started(folder, *settings, environment=one) for one in ranks]
-
-
-def weights_of(folder, rank=0, number=0):
-    return safetensors.torch.load_file(folder / f"weights-{number}-{rank}.safetensors")
 
 
 @pytest.mark.parametrize(
