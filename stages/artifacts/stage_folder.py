@@ -3,7 +3,8 @@
 - same key and outputs in place: up to date. Another key: refused with the reason, unless forced
 - forced, the old folder is set aside and deleted only when the new one is finished
 - leftovers of an unfinished start are kept for resuming when their key is the same, and cleared otherwise
-- where several processes work together, the first one (the leader) claims and writes for all
+- where several processes work together, the first one (the leader) claims and writes for all; the others wait for its
+  manifest, which alone says what was written: later stages of the same command read it, and go by its digest
 - where several jobs share a stage's work (`shared`), they hold it together, and each claims a folder of its own in it
 """
 
@@ -12,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,7 +21,7 @@ from typing import Generic, TypeVar
 from loguru import logger
 
 from schemas.changes import changed_inputs, changed_settings, changed_version
-from schemas.failures import StaleFailure
+from schemas.failures import ResourceFailure, StaleFailure, UsageFailure
 from schemas.files import FileRef, write_bytes
 from schemas.launch import launched_as
 from schemas.manifest import FILE_NAME, InputRef, Manifest, key_of
@@ -32,6 +33,7 @@ M = TypeVar("M", bound=Manifest)
 
 CLAIM_NAME = ".claim"  # holds the key of the unfinished start
 PATIENCE = 10.0  # seconds a sharer waits for one that clears the way; who works alone takes longer
+WRITING = 600.0  # seconds the others give the leader to write what all have made
 
 
 class Claim(Generic[M]):
@@ -108,7 +110,12 @@ class Claim(Generic[M]):
         return differences(manifest, self._config, self._inputs)
 
     def finish(self, outputs: Sequence[FileRef], metrics: Strict) -> M:
-        """Write the manifest (the leader does): from now on the stage is finished."""
+        """Write the manifest (the leader does): from now on the stage is finished. Returns it on every process.
+
+        Raises ResourceFailure where the leader does not write it.
+        """
+        if not self.leader:
+            return self._from_leader()
         manifest = self._manifest_type(
             schema_id=self._manifest_type.expected_schema(),
             key=self._key,
@@ -118,11 +125,21 @@ class Claim(Generic[M]):
             metrics=metrics,
             environment=environment(self._started_at, time.monotonic() - self._started, launched_as().world),
         ).sealed()
-        if not self.leader:
-            return manifest
         manifest.write(self.run_dir, self.folder)
         self._tidy()
         return manifest
+
+    def _from_leader(self) -> M:
+        for _ in range(round(WRITING / 0.1)):
+            with suppress(UsageFailure):  # it is not there yet
+                manifest = self._manifest_type.read(self.run_dir, self.folder)
+                if manifest.key == self._key:
+                    return manifest
+            time.sleep(0.1)
+        raise ResourceFailure(
+            f"process 0 has not finished {self.path} within {WRITING:.0f} seconds of the others: see what it says, and "
+            "run the same command to resume"
+        )
 
     def _tidy(self) -> None:
         """Remove what a finished stage needs no more; a crash just after its manifest was written leaves it behind."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import ClassVar
@@ -13,10 +14,11 @@ import pytest
 from pydantic import Field
 
 from schemas import version
-from schemas.failures import IntegrityFailure, LockedFailure, UsageFailure
+from schemas.failures import IntegrityFailure, LockedFailure, ResourceFailure, UsageFailure
 from schemas.files import write_bytes
 from schemas.manifest import InputRef, Manifest, digest_of_json
 from schemas.strict import Config, Strict, runtime_setting
+from stages.artifacts import stage_folder
 from stages.artifacts.stage_folder import claim_folder, drop_leftovers
 
 
@@ -141,6 +143,29 @@ def test_a_stage_that_failed_has_no_manifest(tmp_path: Path) -> None:
     assert not (tmp_path / "toys/manifest.json").exists()
     with pytest.raises(UsageFailure, match="no toys in"):
         ToyManifest.read(tmp_path)
+
+
+def test_other_processes_wait_for_what_the_first_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with claim_folder(tmp_path, ToyManifest, ToyConfig(), [INPUT]) as first:
+        monkeypatch.setenv("RANK", "1")
+        with claim_folder(tmp_path, ToyManifest, ToyConfig(), [INPUT]) as second:
+            pass
+        monkeypatch.delenv("RANK")
+        with ThreadPoolExecutor() as pool:
+            other = pool.submit(second.finish, [], ToyMetrics(width=7))
+            time.sleep(0.3)
+            assert not other.done()
+            written = first.finish([write_bytes(first.path / "width.txt", b"4", tmp_path)], ToyMetrics(width=4))
+            assert other.result(timeout=30) == written
+
+
+def test_other_processes_do_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(ToyConfig(width=5), tmp_path)  # what stands there is of other settings
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(stage_folder, "WRITING", 0.2)
+    with pytest.raises(ResourceFailure, match=r"process 0 has not finished .*toys within 0 seconds") as refused:
+        run(ToyConfig(), tmp_path, force=True)
+    assert "\n" not in str(refused.value)
 
 
 def test_leftovers_are_kept_for_the_same_settings_and_cleared_for_others(tmp_path: Path) -> None:
