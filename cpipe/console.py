@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ERRORS = Console(stderr=True)
 BEGINNERS = ("collect", "tokenize", "run", "slurm", "demo", "init")  # commands that may make the run's folder
+TOGETHER = ("train-seed", "train-experts", "train-gates", "compose")  # commands whose processes share one training
 LOG_FORMAT = "{time:HH:mm:ss} {level: <7} {message}"
 
 
@@ -34,6 +35,8 @@ def session(run_dir: Path, command: str, *, log: bool = True) -> Iterator[None]:
     """Set up logs and the progress bar for one command, and turn its failures into exit codes."""
     logger.remove()
     try:
+        if command not in TOGETHER and (world := launched_as().world) > 1:
+            raise UsageFailure(f"cpipe {command} is for one process, not for {world}: start it without the launcher")
         if command not in BEGINNERS and not run_dir.is_dir():
             raise UsageFailure(f"no run at {run_dir}: `cpipe tokenize {run_dir} FILES` begins one")
         if log and launched_as().rank == 0:

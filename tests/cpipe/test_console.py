@@ -89,6 +89,16 @@ def test_other_processes_of_a_job_write_no_log(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("command", ["tokenize", "run", "evaluate", "generate", "status"])
+def test_what_is_no_training_is_for_one_process(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(typer.Exit) as ended, session(tmp_path, command):
+        pytest.fail("begun by each of two processes")
+    assert ended.value.exit_code == 2
+    assert f"cpipe {command} is for one process, not for 2: start it without the launcher" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_terminal_gets_a_bar_that_moves_and_lines_above_it(tmp_path, monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr("cpipe.console.ERRORS", Console(file=screen, force_terminal=True, width=120))
