@@ -40,6 +40,7 @@ from stages.artifacts.stage_folder import claim_folder
 from stages.data.batches import LabelledBatches, Rows
 from stages.data.token_store import TokenStore, read_table
 from stages.engine.loop import train
+from stages.engine.processes import meet
 from stages.nn.decoder import Decoder
 from stages.nn.gate_losses import ContrastiveLoss, GateLoss, RoutedContrastiveLoss, RoutedLoss
 from stages.nn.gates import ExpertGates, normalise
@@ -58,6 +59,7 @@ def run(config: GatesConfig, run_dir: Path, *, force: bool = False) -> GatesMani
     members = dict(config.members(range(experts.metrics.experts)))
     done = {folder: _finished(folder, member, frozen, force) for folder, member in members.items()}
     again = force and all(done.values())
+    meet()  # else a late process would not find what the first one has set aside already, and train something else
     for folder, member in members.items():
         if again or not done[folder]:
             done[folder] = _train_member(folder, member, frozen, force)

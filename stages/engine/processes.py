@@ -55,6 +55,14 @@ def join_processes(place: Place) -> None:
     torch.distributed.init_process_group(backend, rank=place.rank, world_size=place.world)
 
 
+def meet() -> None:
+    """Wait until every process has come here: before the first one changes files by which the others decide."""
+    place = find_place()
+    if place.world > 1:
+        join_processes(place)
+        torch.distributed.barrier()
+
+
 def mean_over_processes(value: torch.Tensor, place: Place) -> torch.Tensor:
     """The mean of a scalar over all processes."""
     if place.world == 1:
