@@ -1,7 +1,8 @@
 """DeepSpeed, in process: one device or many, ZeRO 0 to 3.
 
 - the optimizer is torch's AdamW, and the learning rate comes with every step: DeepSpeed's own are not used
-- its own checkpoints are pickles and are not used either: averages are read and written through its `safe_` functions
+- its own checkpoints are pickles and are not used either: weights and averages are read through its `safe_` functions,
+  and written through what these call
 """
 
 import contextlib
@@ -118,20 +119,31 @@ class DeepSpeedEngine:
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """See Engine."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         self._scale.load_state(state)
         for name, parameter in trained(self.module).items():
-            weight = state[f"weight/{name}"].to(parameter.device)
-            if self._stage:
-                safe_set_full_fp32_param(parameter, weight)
-                for key in AVERAGES:
-                    safe_set_full_optimizer_state(parameter, state[f"{key}/{name}"].to(parameter.device), key)
-                with self._gathered(parameter):
-                    parameter.data.copy_(weight)
-            else:
+            if not self._stage:
                 write_state(name, parameter, self._optimizer, state, steps)
+                continue
+            weight = state[f"weight/{name}"].to(parameter.device)
+            self._put(parameter, weight)
+            for key in AVERAGES:
+                self._put(parameter, state[f"{key}/{name}"].to(parameter.device), key)
+            with self._gathered(parameter):
+                parameter.data.copy_(weight)
         self._set_step(steps)
+
+    def _put(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+        """Write the fp32 weight, or an average of it, where ZeRO keeps it.
+
+        ZeRO 3 has pieces of equal length, the last ones filled up, for which DeepSpeed looks in the whole tensor too.
+        """
+        if self._stage < 3:
+            getattr(parameter, "set_full_hp_param")(whole, key)  # noqa: B009  # for mypy, a parameter has no such thing
+            return
+        length = getattr(parameter, "ds_tensor").numel()  # noqa: B009
+        start = length * self._optimizer._get_param_partition_rank(parameter)
+        piece = whole.flatten()[start : start + length]
+        self._optimizer.set_local_hp_param(functional.pad(piece, (0, length - len(piece))), parameter, key)
 
     def _mark_whole(self) -> None:
         """Have ZeRO 3 leave whole what is neither a linear map's nor an embedding's.
