@@ -10,17 +10,12 @@ import shutil
 
 import pytest
 import torch
+from tiny_models import CALM, COMPOSE, CONTROL, EVALUATE, GATES, SHAPE, TRAINING
 
-from schemas.central import CentralShape
 from schemas.cluster_documents import ClusterConfig
-from schemas.compose_model import BridgeConfig, BridgeTraining, ComposeConfig
-from schemas.decoder import DecoderShape
-from schemas.evaluate_models import EvaluateConfig
 from schemas.tokenize_text import TokenizeConfig
 from schemas.train_experts import ExpertsConfig
-from schemas.train_gates import GatesConfig
 from schemas.train_seed import SeedConfig
-from schemas.training import TrainingConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a network
 torch.set_num_threads(1)  # the tests are too small for more, and other processes want the cores
@@ -32,21 +27,6 @@ KINDS = {
 }
 DOCUMENTS = 40  # of each kind
 WORDS = 60  # in each document, more or less
-
-SHAPE = DecoderShape(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
-TRAINING = TrainingConfig(
-    steps=8, batch_size=6, sequence_length=32, learning_rate=5e-3, engine="torch", precision="fp32", log_every=4
-)
-CENTRAL = CentralShape(
-    group_length=4, latents_per_group=2, encoder_layers=1, latent_layers=2, decoder_layers=2, token_window=8,
-    plan_horizon=2,
-)  # fmt: skip
-COMPOSE = ComposeConfig(
-    central=CENTRAL, training=TRAINING, bridge_training=BridgeTraining(bridge_steps=6, bridge_batch_size=6)
-)
-EVALUATE = EvaluateConfig(tokens=1200, top_k=(1, 2))
 
 
 def documents(kind):
@@ -127,12 +107,9 @@ def full_run(expert_run, tmp_path_factory):
     from stages import compose_model, train_gates
 
     run_dir = shutil.copytree(expert_run, tmp_path_factory.mktemp("runs") / "full")
-    train_gates.run(GatesConfig(training=TRAINING.model_copy(update={"steps": 4, "weight_decay": 0.0})), run_dir)
-    compose_model.run(COMPOSE, run_dir)
-    calm = {"name": "central-calm", "bridges": BridgeConfig(bridge="calm"), "gates": "none"}
-    compose_model.run(COMPOSE.model_copy(update=calm), run_dir)
-    control = {"name": "central-control", "experts": "seed-copies", "gates": "independent"}
-    compose_model.run(COMPOSE.model_copy(update=control), run_dir)
+    train_gates.run(GATES, run_dir)
+    for config in (COMPOSE, CALM, CONTROL):
+        compose_model.run(config, run_dir)
     return run_dir
 
 
@@ -142,8 +119,7 @@ def layer_gated_run(expert_run, tmp_path_factory):
     from stages import train_gates
 
     run_dir = shutil.copytree(expert_run, tmp_path_factory.mktemp("runs") / "layer-gated")
-    training = TRAINING.model_copy(update={"steps": 4, "weight_decay": 0.0})
-    train_gates.run(GatesConfig(places=("layer",), modes=("joint",), training=training), run_dir)
+    train_gates.run(GATES.model_copy(update={"places": ("layer",), "modes": ("joint",)}), run_dir)
     return run_dir
 
 

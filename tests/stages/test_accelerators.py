@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch.utils.backend_registration
-from conftest import CENTRAL, COMPOSE, EVALUATE, SHAPE, TRAINING
+from tiny_models import CALM, CENTRAL, COMPOSE, CONTROL, EVALUATE, GATES, SHAPE, TRAINING
 
-from schemas.compose_model import BridgeConfig
 from schemas.evaluate_models import EvaluateManifest
 from schemas.generate_text import GenerateConfig
 from schemas.strict import Config
 from schemas.train_experts import ExpertsConfig, LoraConfig
-from schemas.train_gates import GatesConfig
 from schemas.train_seed import SeedConfig
 from stages import generate_text
 
@@ -24,9 +22,6 @@ pytestmark = pytest.mark.skipif(
     reason="this torch has no devices written in Python",
 )
 SCRIPT = Path(__file__).with_name("on_an_accelerator.py")
-GATES = GatesConfig(training=TRAINING.model_copy(update={"steps": 4, "weight_decay": 0.0}))
-CALM = COMPOSE.model_copy(update={"name": "central-calm", "bridges": BridgeConfig(bridge="calm"), "gates": "none"})
-CONTROL = COMPOSE.model_copy(update={"name": "central-control", "experts": "seed-copies", "gates": "independent"})
 TRAININGS = (
     ("train_seed", SeedConfig(model=SHAPE, training=TRAINING)),
     ("train_experts", ExpertsConfig(training=TRAINING)),
