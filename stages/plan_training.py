@@ -38,7 +38,7 @@ from stages.artifacts.added_domains import added_domains
 from stages.artifacts.huggingface_folder import HuggingFaceFolder, local_folder
 from stages.engine.checkpoints import KEPT
 from stages.engine.engines import start_engine
-from stages.engine.optimizer import numbers_kept
+from stages.engine.optimizer import choose_optimizer, numbers_kept
 from stages.engine.precision import choose_precision
 from stages.engine.processes import find_place
 from stages.nn.central import CentralLoss, CentralModel
@@ -238,8 +238,7 @@ def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, spee
             f"micro-batches of {micro} rows"
         )
     precision = choose_precision(training, find_place())
-    length = training.sequence_length
-    recompute = training.activation_checkpointing
+    length, recompute = training.sequence_length, training.activation_checkpointing
     half, kept = precision != "fp32", partial(numbers_kept, config=training)
     cost = cost_of_pass(job.make, micro, length, half=half, recompute=recompute, numbers_kept=kept)
     tokens = training.steps * training.tokens_per_step
@@ -256,7 +255,7 @@ def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, spee
         zero_stage=training.zero_stage,
         micro_batch_size=micro,
         memory=_memory(cost, training, processes, LOGITS * micro * length * shape.vocab_size * FP32),
-        disk=FP32 * cost.trained * (1 + 3 * (KEPT + 1)),  # the newest is written before the oldest goes
+        disk=FP32 * (cost.trained + (cost.trained + cost.optimizer) * (KEPT + 1)),  # one comes before another goes
         seconds=job.count * flops / (speed * processes),
     )
 
@@ -282,17 +281,19 @@ def _memory(cost: PassCost, training: TrainingConfig, processes: int, logits: in
 
 def _measure(asked: TrainingConfig, shape: DecoderConfig, seconds: float) -> float:
     """FLOP/s of real steps of the seed on this device, measured for so long."""
+    seed = _next_token(shape)
     alone = {"zero_stage": 0, "offload_optimizer": "none", "deepspeed": None, "engine": "torch", "compile": "off"}
-    training = asked.model_copy(update=alone)
+    training = asked.model_copy(update={**alone, "optimizer": choose_optimizer(asked, seed)})
     place = find_place()
     micro = min(training.micro_batch_size or training.batch_size, training.batch_size)
-    engine = start_engine(_next_token(shape), training, place)
+    engine = start_engine(seed, training, place)
     ids = torch.randint(shape.vocab_size, (micro, training.sequence_length + 1), device=place.device)
-    engine.step([ids], 0.0)  # what only the first step does is not measured
+    batch = [ids] * (training.batch_size // micro)
+    engine.step(batch, 0.0)  # what only the first step does is not measured
     started, done = time.monotonic(), 0
     while not done or time.monotonic() - started < seconds:
-        engine.step([ids], 0.0)  # reads the gradient's norm, so the device has finished
+        engine.step(batch, 0.0)  # reads the gradient's norm, so the device has finished
         done += 1
     taken, recompute = (time.monotonic() - started) / done, training.activation_checkpointing
     cost = cost_of_pass(partial(_next_token, shape), micro, training.sequence_length, half=False, recompute=recompute)
-    return cost.flops / taken
+    return cost.flops * len(batch) / taken

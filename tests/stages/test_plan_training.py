@@ -19,6 +19,8 @@ from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedConfig, SeedManifest
 from stages import export_model, import_model, plan_training
 from stages.artifacts.model_folder import read_model
+from stages.engine.checkpoints import KEPT
+from stages.engine.engines import start_engine
 from stages.engine.optimizer import build_optimizer
 from stages.nn.decoder import Decoder, NextTokenLoss
 from stages.nn.lora import add_adapters
@@ -106,6 +108,34 @@ def test_the_speed_is_measured_where_none_is_given_and_nothing_is_written(config
     measured = plan_training.run(asked, evaluated_run)
     assert measured.measured and 1e6 < measured.flops_per_second < 1e15
     assert files(evaluated_run) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "micro_batches"),
+    [({}, "muon", 1), ({"zero_stage": 1}, "adamw", 1), ({"micro_batch_size": 2}, "muon", 3)],
+)
+def test_the_speed_is_that_of_whole_steps_with_the_optimizer_of_the_training(
+    config, evaluated_run, monkeypatch, changes, optimizer, micro_batches
+):
+    def started(module, training, place):
+        engine = start_engine(module, training, place)
+        monkeypatch.setattr(engine, "step", lambda batch, rate: found.append((training.optimizer, len(batch))))
+        return engine
+
+    found: list[tuple[str, int]] = []
+    monkeypatch.setattr(plan_training, "start_engine", started)
+    training = config.seed.training.model_copy(update=changes)
+    seed = config.seed.model_copy(update={"training": training})
+    asked = brief(config).model_copy(update={"seed": seed, "flops_per_second": None, "seconds": 0.01})
+    plan_training.run(asked, evaluated_run)
+    assert set(found) == {(optimizer, micro_batches)}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_disk_holds_the_model_and_the_checkpoints_of_what_the_optimizer_keeps(config, evaluated_run, optimizer):
+    found = plan_seed(config, evaluated_run, optimizer=optimizer)
+    checkpoint = 4 * found.parameters + found.memory.optimizer
+    assert found.disk == 4 * found.parameters + (KEPT + 1) * checkpoint
 
 
 @pytest.mark.parametrize(
