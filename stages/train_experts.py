@@ -185,7 +185,7 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
     with claim_folder(run_dir, ExpertManifest, config, inputs, folder=folder, force=force) as claim:
         if claim.finished:
             return claim.finished
-        if not is_further(folder):
+        if claim.leader and not is_further(folder):
             # The manifest of all members says that each is finished: from here on one is not.
             (run_dir / ExpertsManifest.folder / FILE_NAME).unlink(missing_ok=True)
         training = config.training

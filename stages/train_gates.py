@@ -176,8 +176,8 @@ def _train_member(folder: str, member: GateConfig, frozen: Frozen, force: bool) 
     with claim_folder(run_dir, GateManifest, member, frozen.inputs(member.expert), folder=folder, force=force) as claim:
         if claim.finished:
             return claim.finished
-        # The manifest of all gates says that each is finished: from here on one is not.
-        (run_dir / GatesManifest.folder / FILE_NAME).unlink(missing_ok=True)
+        if claim.leader:  # the manifest of all gates says that each is finished: from here on one is not
+            (run_dir / GatesManifest.folder / FILE_NAME).unlink(missing_ok=True)
         tensors, metrics = _make(member, frozen, claim.path)
         written = [write_tensors(claim.path / TENSORS, tensors, run_dir, "gates")] if claim.leader else []
         return claim.finish(written, metrics)

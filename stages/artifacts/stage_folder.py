@@ -60,7 +60,12 @@ class Claim(Generic[M]):
         path = self.path / FILE_NAME
         if not path.exists():
             return
-        manifest = self._manifest_type.read(self.run_dir, self.folder)
+        try:
+            manifest = self._manifest_type.read(self.run_dir, self.folder)
+        except UsageFailure:
+            if self.leader:
+                raise
+            return  # the leader has dropped it meanwhile
         if manifest.key == self._key:
             self.finished = manifest
         elif self.leader:

@@ -98,7 +98,7 @@ def _options(job: Job, name: str, parts: Sequence[Part], warn_seconds: int) -> I
         ("account", given.account),
         ("qos", given.qos),
         ("time", given.time),
-        ("nodes", given.nodes or 1),
+        ("nodes", _nodes(job)),
         ("ntasks-per-node", _processes(job)),
         ("gpus-per-node", given.gpus or None),
         ("cpus-per-task", given.cpus),
@@ -114,6 +114,10 @@ def _options(job: Job, name: str, parts: Sequence[Part], warn_seconds: int) -> I
     yield from given.header or ()
 
 
+def _nodes(job: Job) -> int:
+    return (job.resources.nodes or 1) if job.trains else 1
+
+
 def _processes(job: Job) -> int:
     """On each node: those that train together, else one."""
     return (job.resources.processes or job.resources.gpus or 1) if job.trains else 1
@@ -123,7 +127,7 @@ def _srun(job: Job) -> str:
     words = ["srun"]
     if job.resources.cpus:  # srun does not take it over from the job
         words.append(f"--cpus-per-task={job.resources.cpus}")
-    if (job.resources.nodes or 1) * _processes(job) > 1:
+    if _nodes(job) * _processes(job) > 1:
         # Processes that stop at a checkpoint do not end at the same instant: the first must not have the others killed.
         words.append("--kill-on-bad-exit=0")
     return " ".join(words)

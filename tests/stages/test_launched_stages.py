@@ -23,8 +23,8 @@ from schemas.verify_run import VerifyConfig
 from stages import verify_run
 
 ROOT = Path(__file__).parents[2]
-ALONE = SETTINGS.replace('engine = "torch"', 'engine = "torch"\nprecision = "fp32"')
-TOGETHER = SETTINGS.replace('engine = "torch"', 'zero_stage = 3\nprecision = "fp32"')
+ALONE = SETTINGS.replace('engine = "torch"', 'engine = "torch"\noptimizer = "adamw"\nprecision = "fp32"')
+TOGETHER = SETTINGS.replace('engine = "torch"', 'zero_stage = 3\nprecision = "fp32"')  # which leaves no Muon
 
 Copied = Callable[[Path], Path]
 

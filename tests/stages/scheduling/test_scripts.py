@@ -39,6 +39,12 @@ def test_every_resource_is_an_option(tmp_path):
     assert lines.index("module load x") < lines.index("ulimit -n 9") < lines.index(command(text))
 
 
+def test_what_does_not_train_is_one_process_on_one_node(tmp_path):
+    text = script(tmp_path, resources={"nodes": 2, "gpus": 4}, trains=False)
+    assert "--nodes=1" in options(text) and "--ntasks-per-node=1" in options(text)
+    assert command(text) == "srun cpipe train-seed runs/a"
+
+
 def test_nothing_asked_for_is_one_process(tmp_path):
     text = script(tmp_path)
     assert "--nodes=1" in options(text) and "--ntasks-per-node=1" in options(text)
