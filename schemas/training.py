@@ -28,7 +28,8 @@ class TrainingConfig(Config):
     decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in which the rate of wsd falls.")
     optimizer: Literal["auto", "adamw", "muon"] = Field(
         "auto",
-        description="AdamW, or Muon for linear maps and AdamW for the rest; auto is Muon, but not with ZeRO 1 to 3.",
+        description="AdamW, or Muon for linear maps inside the model and AdamW for the rest; auto is Muon where such "
+        "maps are trained without ZeRO 1 to 3.",
     )
     weight_decay: float = Field(0.1, ge=0, description="Of either optimizer, on matrices only.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")
@@ -136,6 +137,5 @@ class TrainingMetrics(Strict):
     curve: tuple[float, ...] = Field(description="Mean losses of equal stretches of the run.")
     skipped: int = Field(0, description="Steps left out because their loss or gradient was not finite.")
     engine: str = Field(description="deepspeed or torch.")
-    optimizer: str = Field("adamw", description="adamw or muon.")
     precision: str = Field(description="fp32, bf16 or fp16.")
     compiled: bool = Field(False, description="Whether the model was compiled.")

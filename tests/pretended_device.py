@@ -16,6 +16,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+COMPUTED: list[str] = []  # the operators, in order
 # These make an empty tensor and let it grow, which a Far cannot.
 GROWING = ("arange.default", "arange.start", "arange.start_step", "linspace.default", "eye.default", "randperm.default")
 
@@ -73,6 +74,7 @@ class Far(Tensor):
 
 def computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What `func` gives on the device. Raises RuntimeError for tensors of both devices, as CUDA does."""
+    COMPUTED.append(str(func))
     if func is aten._to_copy.default:
         found = func(_near(args[0]), **{**kwargs, "device": "cpu"})
         return Far(found) if torch.device(kwargs.get("device") or args[0].device) == DEVICE else found

@@ -57,7 +57,7 @@ def _own(config: TrainingConfig, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": rows // micro,
         # Without ZeRO, DeepSpeed clips but does not tell the norm, so the engine clips.
         "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
-        **FIXED,  # torch's AdamW everywhere: DeepSpeed's for processors would be compiled at the start
+        **FIXED,  # no optimizer of DeepSpeed's: the one for processors would be compiled at the start
         "steps_per_print": 10**9,
     }
 

@@ -1,8 +1,8 @@
 """DeepSpeed, in process: one device or many, ZeRO 0 to 3.
 
-- the optimizer is torch's AdamW, and the learning rate comes with every step: DeepSpeed's own are not used
-- its own checkpoints are pickles and are not used either: weights and averages are read through its `safe_` functions,
-  and written through what these call
+- the optimizer is that of plain torch, and the learning rate comes with every step: DeepSpeed's own are not used
+- its own checkpoints are pickles and are not used either: what ZeRO keeps is read through its `safe_` functions, and
+  written through what these call
 """
 
 import contextlib
@@ -88,7 +88,7 @@ class DeepSpeedEngine:
         norm = float(nn.utils.clip_grad_norm_(trained(self.module).values(), self._clipping))
         if not (applied := math.isfinite(norm)):
             for parameter in trained(self.module).values():
-                parameter.grad = None  # AdamW passes over what has no gradient
+                parameter.grad = None  # optimizers pass over what has no gradient
         self._engine.step()
         return Outcome(mean_parts(parts), norm, applied, self._scale.update(applied))
 
@@ -141,7 +141,8 @@ class DeepSpeedEngine:
             getattr(parameter, "set_full_hp_param")(whole, key)  # noqa: B009  # for mypy, a parameter has no such thing
             return
         length = getattr(parameter, "ds_tensor").numel()  # noqa: B009
-        start = length * self._optimizer._get_param_partition_rank(parameter)
+        group = getattr(parameter, "ds_process_group", self._optimizer.dp_process_group)
+        start = length * torch.distributed.get_rank(group)
         piece = whole.flatten()[start : start + length]
         self._optimizer.set_local_hp_param(functional.pad(piece, (0, length - len(piece))), parameter, key)
 

@@ -1,7 +1,7 @@
 """What performs an optimizer step: plain torch on one device, or DeepSpeed over many. Both give the same numbers.
 
-- a checkpoint is the fp32 weights and AdamW's two averages, whatever the engine, the ZeRO stage or the number of
-  processes; for fp16 also the loss scale
+- a checkpoint is the fp32 weights and what the optimizer keeps of them, AdamW two averages and Muon one, whatever the
+  engine, the ZeRO stage or the number of processes; for fp16 also the loss scale
 - the learning rate comes with every step
 """
 
@@ -31,7 +31,10 @@ class Engine(Protocol):
         """Train on this process's rows of one step; a gradient that is not finite changes nothing."""
 
     def state(self) -> dict[str, Tensor]:
-        """Weights (`weight/…`) and averages (`exp_avg/…`, `exp_avg_sq/…`) of what is trained, whole on each process."""
+        """What is trained, whole on each process: weights (`weight/…`) and averages.
+
+        Of AdamW these are `exp_avg/…` and `exp_avg_sq/…`, of Muon `momentum_buffer/…`.
+        """
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """Continue from `state`, reached after `steps` steps that were applied."""

@@ -23,7 +23,6 @@ from stages.engine.checkpoints import Progress, Writer
 from stages.engine.compilation import choose_compile, compiler_cache
 from stages.engine.course import Course
 from stages.engine.engines import Engine, start_engine
-from stages.engine.optimizer import choose_optimizer
 from stages.engine.precision import choose_precision
 from stages.engine.processes import Place, any_process, find_place, mean_over_processes
 from stages.engine.reporter import Reporter
@@ -85,8 +84,7 @@ def train(
     _load_final(module, engine)
     if place.rank == 0:
         shutil.rmtree(saved, ignore_errors=True)
-    chosen = {"precision": choose_precision(config, place), "optimizer": choose_optimizer(config, module)}
-    return _metrics(course, config, engine, chosen, compiled)
+    return _metrics(course, config, engine, choose_precision(config, place), compiled)
 
 
 def _check_division(config: TrainingConfig, place: Place) -> None:
@@ -142,9 +140,7 @@ def _load_final(module: nn.Module, engine: Engine) -> None:
             parameter.data = state[f"weight/{name}"].to(parameter.device).clone()
 
 
-def _metrics(
-    course: Course, config: TrainingConfig, engine: Engine, chosen: dict[str, str], compiled: bool
-) -> TrainingMetrics:
+def _metrics(course: Course, config: TrainingConfig, engine: Engine, precision: str, compiled: bool) -> TrainingMetrics:
     losses = course.losses
     last = losses[-max(1, len(losses) // 20) :]
     every = max(1, len(losses) // CURVE_POINTS)
@@ -157,6 +153,6 @@ def _metrics(
         curve=tuple(sum(piece) / len(piece) for piece in pieces),
         skipped=course.skipped,
         engine=engine.name,
+        precision=precision,
         compiled=compiled,
-        **chosen,
     )

@@ -1,4 +1,4 @@
-"""Muon: momentum made nearly orthogonal, for the matrices of layers.
+"""Muon: momentum made nearly orthogonal, for the linear maps inside a model.
 
 - Jordan 2024, "Muon: an optimizer for hidden layers in neural networks": Nesterov momentum, five Newton–Schulz steps
 - updates as large as AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so that rates and

@@ -1,5 +1,6 @@
 """The optimizer over what is trained, what a step of it came to, and its state under the names of a checkpoint."""
 
+import json
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -37,20 +38,22 @@ def poisoned(loss: Tensor) -> Tensor:
 
 
 def choose_optimizer(config: TrainingConfig, module: nn.Module) -> str:
-    """What `auto` stands for: Muon where there are linear maps for it, and whole ones.
+    """What `auto` stands for: Muon where there are linear maps for it, and whole ones, unless --deepspeed names AdamW.
 
     Raises UsageFailure where Muon is asked for and cannot be.
     """
     matrices = bool(_matrices_of_layers(module))
     if config.optimizer == "auto":
-        return "muon" if matrices and not config.zero_stage else "adamw"
+        table = json.loads(config.deepspeed or "{}").get("optimizer")
+        named = isinstance(table, dict) and table.get("type") == "AdamW"
+        return "muon" if matrices and not config.zero_stage and not named else "adamw"
     if config.optimizer == "muon" and config.zero_stage:
         raise UsageFailure(
             f"--optimizer muon needs whole matrices, which --zero-stage {config.zero_stage} takes apart: use "
             "--zero-stage 0, or adamw"
         )
     if config.optimizer == "muon" and not matrices:
-        raise UsageFailure("--optimizer muon: what is trained has no matrices inside layers: use adamw")
+        raise UsageFailure("--optimizer muon: what is trained has no linear maps inside: use adamw")
     return config.optimizer
 
 

@@ -11,6 +11,7 @@ from typing import get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pretended_device
 import torch
 from pretended_device import DEVICE
 
@@ -27,9 +28,11 @@ def main() -> None:
     for name, settings in json.load(sys.stdin):
         stage = import_module(f"stages.{name}")
         start = getattr(stage, "run", None) or stage.stream
+        before = len(pretended_device.COMPUTED)
         found = start(get_type_hints(start)["config"].model_validate_json(json.dumps(settings)), Path(sys.argv[1]))
         if start is not getattr(stage, "run", None):
             texts.append("".join(map(str, found)))
+        assert len(pretended_device.COMPUTED) > before + 100, f"{name} does not use the device"
     print(json.dumps(texts))
 
 

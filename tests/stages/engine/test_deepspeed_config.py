@@ -13,9 +13,20 @@ from schemas.training import TrainingConfig
 from stages.engine.deepspeed_config import deepspeed_config
 from stages.engine.engines import start_engine
 from stages.engine.loop import train
+from stages.engine.optimizer import choose_optimizer
 from stages.engine.processes import Place
 
 ALONE = Place(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "muon"), ({"type": "auto"}, "muon"), ({"type": "AdamW", "params": {"eps": 1e-8}}, "adamw")],
+)
+def test_auto_follows_a_file_that_names_adamw(given: dict[str, Any], expected: str) -> None:
+    settings = config(engine="deepspeed", optimizer="auto", deepspeed=json.dumps({"optimizer": given}))
+    assert choose_optimizer(settings, Toy()) == expected
+    assert deepspeed_config(settings, "fp32", expected, 1)
 
 
 def told(given: dict[str, Any], world: int = 1, precision: str = "fp32", **settings: Any) -> dict[str, Any]:
