@@ -42,17 +42,17 @@ def choose_optimizer(config: TrainingConfig, module: nn.Module) -> str:
 
     Raises UsageFailure where Muon is asked for and cannot be.
     """
-    matrices = bool(_matrices_of_layers(module))
+    inside = _linear_maps(module)
     if config.optimizer == "auto":
         table = json.loads(config.deepspeed or "{}").get("optimizer")
         named = isinstance(table, dict) and table.get("type") == "AdamW"
-        return "muon" if matrices and not config.zero_stage and not named else "adamw"
+        return "muon" if inside and not config.zero_stage and not named else "adamw"
     if config.optimizer == "muon" and config.zero_stage:
         raise UsageFailure(
             f"--optimizer muon needs whole matrices, which --zero-stage {config.zero_stage} takes apart: use "
             "--zero-stage 0, or adamw"
         )
-    if config.optimizer == "muon" and not matrices:
+    if config.optimizer == "muon" and not inside:
         raise UsageFailure("--optimizer muon: what is trained has no linear maps inside: use adamw")
     return config.optimizer
 
@@ -62,7 +62,7 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> Optimizer:
     parameters = trained(module).values()
     if choose_optimizer(config, module) == "adamw":
         return _adamw(parameters, config)
-    inside = _matrices_of_layers(module)
+    inside = _linear_maps(module)
     muon, among = Muon(inside, config.learning_rate, config.weight_decay), {id(parameter) for parameter in inside}
     rest = [parameter for parameter in parameters if id(parameter) not in among]
     return Together(muon, _adamw(rest, config)) if rest else muon
@@ -85,8 +85,8 @@ class Together(Optimizer):
 
 def numbers_kept(module: nn.Module, config: TrainingConfig) -> int:
     """How many numbers the optimizers keep of what is trained: AdamW two for each weight, Muon one."""
-    inside = _matrices_of_layers(module) if choose_optimizer(config, module) == "muon" else []
-    return 2 * sum(p.numel() for p in trained(module).values()) - sum(p.numel() for p in inside)
+    by_muon = _linear_maps(module) if choose_optimizer(config, module) == "muon" else []
+    return 2 * sum(p.numel() for p in trained(module).values()) - sum(p.numel() for p in by_muon)
 
 
 def _adamw(parameters: Collection[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
@@ -102,8 +102,8 @@ def _adamw(parameters: Collection[nn.Parameter], config: TrainingConfig) -> torc
     )
 
 
-def _matrices_of_layers(module: nn.Module) -> list[nn.Parameter]:
-    """Those of linear maps, but of no output layer: its rows are tokens, as an embedding's are (Jordan 2024)."""
+def _linear_maps(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of linear maps, but of no output layer: its rows are tokens, as an embedding's are (Jordan 2024)."""
     embedded = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     linear = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)} - embedded
     named = trained(module).items()

@@ -113,7 +113,7 @@ print((far + 1).device, far[near.long()].device)
 for mixed in (lambda: far + near, lambda: near[far.long()], lambda: torch.cat([near, far]), lambda: near.add_(far)):
     try:
         print(mixed())
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError):
         print("refused")
 """
 
