@@ -13,6 +13,7 @@ from schemas.train_experts import ExpertManifest, ExpertsConfig
 from schemas.train_gates import ALONE, GateManifest, GateMode, GateReading, GatesConfig, GatesManifest
 from schemas.training import TrainingConfig
 from stages import cluster_documents, train_experts, train_gates
+from stages.artifacts import stage_folder
 from stages.artifacts.model_folder import checksum, read_model, read_tensors
 from stages.artifacts.run_models import RunModels
 from stages.nn.decoder import Decoder
@@ -360,3 +361,12 @@ def test_an_arrow_is_for_modules():
 def test_a_run_without_the_gates_asked_for_tells_which_it_has(gated_run):
     with pytest.raises(UsageFailure, match=r"has no gates module-joint \(there: independent, joint, "):
         RunModels.find(gated_run).routed("module", "joint")
+
+
+def test_a_process_that_comes_after_the_leader_leaves_the_finished_manifest(expert_run, copied_run, monkeypatch):
+    run_dir, config = copied_run(expert_run), GatesConfig(modes=("mean-activation",), training=TRAINING)
+    expected = train_gates.run(config, run_dir)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(stage_folder, "WRITING", 1.0)
+    assert train_gates.run(config, run_dir, force=True) == expected
+    assert GatesManifest.read(run_dir) == expected
