@@ -29,7 +29,7 @@ class TrainingConfig(Config):
     optimizer: Literal["auto", "adamw", "muon"] = Field(
         "auto",
         description="AdamW, or Muon for linear maps inside the model and AdamW for the rest; auto is Muon where such "
-        "maps are trained without ZeRO 1 to 3.",
+        "maps are trained without ZeRO 3 and offloading.",
     )
     weight_decay: float = Field(0.1, ge=0, description="Of either optimizer, on matrices only.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")

@@ -19,7 +19,12 @@ FIXED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": F
 SIZES = {"train_batch_size": "--batch-size", "train_micro_batch_size_per_gpu": "--micro-batch-size"}
 COMPARED = (*SIZES, "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16")
 KNOWN = (*PASSED, "zero_optimization", *COMPARED, *FIXED, "steps_per_print")
-UNPASSED_ZERO = ("offload_param", "zenflow", "elastic_checkpoint", "load_from_fp32_weights")
+UNPASSED_ZERO = (
+    *("offload_param", "cpu_offload_param", "cpu_offload", "zenflow", "elastic_checkpoint", "load_from_fp32_weights"),
+    "round_robin_gradients",  # with which DeepSpeed 0.19 gives parameters one another's place
+    "compute_grad_norm",  # which clipping needs
+    "stage3_module_granularity_threshold",  # with which a linear layer is found taken apart
+)
 
 
 def deepspeed_config(config: TrainingConfig, precision: str, optimizer: str, world: int) -> dict[str, Any]:

@@ -12,16 +12,21 @@ import warnings
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from schemas.failures import UsageFailure, on_one_line
+from schemas.strict import explain
 from schemas.training import TrainingConfig
 from stages.engine.deepspeed_config import deepspeed_config
 from stages.engine.optimizer import (
     AVERAGES,
     Outcome,
     Parts,
+    averages_of,
+    averages_of_group,
     choose_optimizer,
     mean_parts,
     poisoned,
@@ -31,6 +36,7 @@ from stages.engine.optimizer import (
 )
 from stages.engine.precision import LossScale, choose_precision
 from stages.engine.processes import Place, join_processes
+from stages.engine.sharded_muon import ShardedMuon
 
 IN_USE = -1  # what ZeRO 3 lets go of is in use by no module; this is the number of none
 
@@ -53,18 +59,21 @@ class DeepSpeedEngine:
         self._stage = config.zero_stage
         self._clipping = config.gradient_clipping
         self._scale = scale
+        # Found by parameter, in whose place ZeRO 1 to 3 put their pieces.
+        self._averages = {name: averages_of(p, optimizer) for name, p in trained(module).items()}
         linear = functional.linear
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            dist_init_required=False,
-            config=deepspeed_config(
-                config, choose_precision(config, place), choose_optimizer(config, module), place.world
-            ),
-        )
+        told = deepspeed_config(config, choose_precision(config, place), choose_optimizer(config, module), place.world)
+        try:
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, dist_init_required=False, config=told
+            )
+        except (ValidationError, deepspeed.DeepSpeedConfigError) as error:  # of the user's file: our part is tested
+            reason = explain(error, "") if isinstance(error, ValidationError) else f": {error}"
+            raise UsageFailure(on_one_line(f"--deepspeed: DeepSpeed refuses its settings{reason}")) from error
         # ZeRO 3 replaces this function for the whole process, and never puts it back.
         self._linear, functional.linear = functional.linear, linear
         self.module = module
+        self._lay_out(optimizer)
         self._start_averages()
         self._mark_whole()
 
@@ -110,7 +119,7 @@ class DeepSpeedEngine:
         for name, parameter in trained(self.module).items():
             if self._stage:
                 state[f"weight/{name}"] = safe_get_full_fp32_param(parameter).view(_full_shape(parameter)).clone()
-                for key in AVERAGES:
+                for key in self._averages[name]:
                     moment = safe_get_full_optimizer_state(parameter, key)
                     state[f"{key}/{name}"] = moment.view(_full_shape(parameter)).clone()
             else:
@@ -126,7 +135,7 @@ class DeepSpeedEngine:
                 continue
             weight = state[f"weight/{name}"].to(parameter.device)
             self._put(parameter, weight)
-            for key in AVERAGES:
+            for key in self._averages[name]:
                 self._put(parameter, state[f"{key}/{name}"].to(parameter.device), key)
             with self._gathered(parameter):
                 parameter.data.copy_(weight)
@@ -181,8 +190,14 @@ class DeepSpeedEngine:
 
         return GatheredParameters(parameter, modifier_rank=0)
 
+    def _lay_out(self, optimizer: Optimizer) -> None:
+        """Tell Muon where its matrices lie in the row that ZeRO 1 and 2 have made of them."""
+        for part in getattr(optimizer, "parts", [optimizer]):
+            if isinstance(part, ShardedMuon):
+                part.lay_out(self._optimizer.bit16_groups_flat[0])  # its group is the first
+
     def _start_averages(self) -> None:
-        """Give AdamW its averages before the first step, all zero, at step 0.
+        """Give the optimizer its averages before the first step, all zero, at step 0.
 
         ZeRO 1 and 2 map them to parameters once, after the step of the first parameter group, when those of the
         second do not exist yet; and they have to exist for a checkpoint to be loaded into them.
@@ -190,12 +205,13 @@ class DeepSpeedEngine:
         if not self._stage:
             return
         inner = self._optimizer.optimizer
-        pieces = [p for group in inner.param_groups for p in group["params"]]
+        pieces = [(p, averages_of_group(group)) for group in inner.param_groups for p in group["params"]]
         if self._stage == 3:
-            pieces = self._optimizer.fp32_partitioned_groups_flat
-        for piece in pieces:
-            zeros = {key: torch.zeros_like(piece) for key in AVERAGES}
-            inner.state[piece] = {"step": torch.zeros((), device=piece.device), **zeros}
+            pieces = [(piece, AVERAGES) for piece in self._optimizer.fp32_partitioned_groups_flat]
+        for piece, keys in pieces:
+            inner.state[piece] = {key: torch.zeros_like(piece) for key in keys}
+            if keys == AVERAGES:
+                inner.state[piece]["step"] = torch.zeros((), device=piece.device)
         if self._stage < 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 

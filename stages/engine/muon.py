@@ -7,7 +7,7 @@
   emulated. benchmarks/bench_muon.py prints what that saves
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,9 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
         for group in self.param_groups:
-            for matrices in _alike([p for p in group["params"] if p.grad is not None]):
-                self._update(matrices, group["lr"], group["weight_decay"])
+            moving = [p for p in group["params"] if p.grad is not None]
+            for few in alike([p.shape for p in moving]):
+                self._update([moving[number] for number in few], group["lr"], group["weight_decay"])
 
     def _update(self, matrices: list[Tensor], rate: float, weight_decay: float) -> None:
         """Of matrices of one shape, which have gradients."""
@@ -41,7 +42,7 @@ class Muon(Optimizer):
         momenta = [self._momentum(matrix) for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov's
-        size = LIKE_ADAMW * max(ahead.shape[1:]) ** 0.5
+        size = update_size(matrices[0].shape)
         updates = nearly_orthogonal(ahead).to(matrices[0].dtype).unbind()
         torch._foreach_mul_(matrices, 1 - rate * weight_decay)
         torch._foreach_add_(matrices, updates, alpha=-rate * size)
@@ -68,11 +69,16 @@ def nearly_orthogonal(x_NRC: Tensor) -> Tensor:
     return x_NRC.mT if tall else x_NRC
 
 
-def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The matrices in pieces of one shape, each of at most TOGETHER numbers or of one matrix."""
-    of_shape: dict[torch.Size, list[Tensor]] = {}
-    for matrix in matrices:
-        of_shape.setdefault(matrix.shape, []).append(matrix)
-    for shape, alike in of_shape.items():
+def update_size(shape: torch.Size) -> float:
+    """What a nearly orthogonal matrix [R, C] is multiplied by, to be as large as AdamW's updates."""
+    return LIKE_ADAMW * float(max(shape)) ** 0.5
+
+
+def alike(shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
+    """The numbers of matrices of one shape, together of at most TOGETHER numbers, or of one matrix."""
+    of_shape: dict[torch.Size, list[int]] = {}
+    for number, shape in enumerate(shapes):
+        of_shape.setdefault(shape, []).append(number)
+    for shape, numbers in of_shape.items():
         many = max(1, TOGETHER // shape.numel())
-        yield from (alike[start : start + many] for start in range(0, len(alike), many))
+        yield from (numbers[start : start + many] for start in range(0, len(numbers), many))

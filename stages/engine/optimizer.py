@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
 from stages.engine.muon import Muon
+from stages.engine.sharded_muon import ShardedMuon
 
 AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names torch gives them
 
@@ -38,23 +40,29 @@ def poisoned(loss: Tensor) -> Tensor:
 
 
 def choose_optimizer(config: TrainingConfig, module: nn.Module) -> str:
-    """What `auto` stands for: Muon where there are linear maps for it, and whole ones, unless --deepspeed names AdamW.
+    """What `auto` stands for: Muon where there are linear maps for it, and it can, unless --deepspeed names AdamW.
 
     Raises UsageFailure where Muon is asked for and cannot be.
     """
-    inside = _linear_maps(module)
+    inside, hindrance = _linear_maps(module), _hindrance(config)
     if config.optimizer == "auto":
         table = json.loads(config.deepspeed or "{}").get("optimizer")
         named = isinstance(table, dict) and table.get("type") == "AdamW"
-        return "muon" if inside and not config.zero_stage and not named else "adamw"
-    if config.optimizer == "muon" and config.zero_stage:
-        raise UsageFailure(
-            f"--optimizer muon needs whole matrices, which --zero-stage {config.zero_stage} takes apart: use "
-            "--zero-stage 0, or adamw"
-        )
+        return "muon" if inside and not hindrance and not named else "adamw"
+    if config.optimizer == "muon" and hindrance:
+        raise UsageFailure(f"--optimizer muon {hindrance}: leave that out, or use adamw")
     if config.optimizer == "muon" and not inside:
         raise UsageFailure("--optimizer muon: what is trained has no linear maps inside: use adamw")
     return config.optimizer
+
+
+def _hindrance(config: TrainingConfig) -> str:
+    """Why Muon cannot train anything; empty where it can."""
+    if config.zero_stage == 3:
+        return "needs whole matrices, of which --zero-stage 3 gives every process a part"
+    if config.offload_optimizer != "none":
+        return "multiplies matrices where its averages lie, which --offload-optimizer cpu leaves to the processor"
+    return ""
 
 
 def build_optimizer(module: nn.Module, config: TrainingConfig) -> Optimizer:
@@ -62,8 +70,9 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> Optimizer:
     parameters = trained(module).values()
     if choose_optimizer(config, module) == "adamw":
         return _adamw(parameters, config)
+    kind = ShardedMuon if config.zero_stage else Muon
     inside = _linear_maps(module)
-    muon, among = Muon(inside, config.learning_rate, config.weight_decay), {id(parameter) for parameter in inside}
+    muon, among = kind(inside, config.learning_rate, config.weight_decay), {id(parameter) for parameter in inside}
     rest = [parameter for parameter in parameters if id(parameter) not in among]
     return Together(muon, _adamw(rest, config)) if rest else muon
 
@@ -73,13 +82,13 @@ class Together(Optimizer):
 
     def __init__(self, *parts: Optimizer) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self._parts = parts
+        self.parts = parts
         for part in parts:
             part.state = self.state
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step of each."""
-        for part in self._parts:
+        for part in self.parts:
             part.step()
 
 
@@ -123,21 +132,26 @@ def mean_parts(parts: list[Parts]) -> Parts:
 def read_state(name: str, parameter: nn.Parameter, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """A parameter that is whole, and its averages, under the names of a checkpoint."""
     yield f"weight/{name}", parameter.detach()
-    for key in _averages_of(parameter, optimizer):  # none before the first step that was applied
+    for key in averages_of(parameter, optimizer):  # none before the first step that was applied
         yield f"{key}/{name}", optimizer.state[parameter].get(key, torch.zeros_like(parameter))
 
 
 def write_state(name: str, parameter: nn.Parameter, optimizer: Optimizer, state: dict[str, Tensor], steps: int) -> None:
     """The inverse of `read_state`."""
     parameter.data.copy_(state[f"weight/{name}"])
-    keys = _averages_of(parameter, optimizer)
+    keys = averages_of(parameter, optimizer)
     averages = {key: state[f"{key}/{name}"].to(parameter.device).clone() for key in keys}
     if keys == AVERAGES:
         averages["step"] = torch.tensor(float(steps), device=parameter.device)
     optimizer.state[parameter] = averages
 
 
-def _averages_of(parameter: nn.Parameter, optimizer: Optimizer) -> tuple[str, ...]:
+def averages_of(parameter: nn.Parameter, optimizer: Optimizer) -> tuple[str, ...]:
     """The names of what the optimizer keeps for a parameter."""
     (group,) = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    return averages_of_group(group)
+
+
+def averages_of_group(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of what the optimizer keeps for each parameter of a group."""
     return AVERAGES if "betas" in group else ("momentum_buffer",)

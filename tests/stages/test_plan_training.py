@@ -112,7 +112,12 @@ def test_the_speed_is_measured_where_none_is_given_and_nothing_is_written(config
 
 @pytest.mark.parametrize(
     ("changes", "optimizer", "micro_batches"),
-    [({}, "muon", 1), ({"zero_stage": 1}, "adamw", 1), ({"micro_batch_size": 2}, "muon", 3)],
+    [
+        ({}, "muon", 1),
+        ({"zero_stage": 1}, "muon", 1),
+        ({"zero_stage": 3}, "adamw", 1),
+        ({"micro_batch_size": 2}, "muon", 3),
+    ],
 )
 def test_the_speed_is_that_of_whole_steps_with_the_optimizer_of_the_training(
     config, evaluated_run, monkeypatch, changes, optimizer, micro_batches

@@ -111,6 +111,7 @@ def test_equal_values_and_auto_change_nothing(tmp_path: Path) -> None:
         ({"checkpoint": {"writer": {}}}, "the key `checkpoint` is not one cpipe hands to DeepSpeed; it may have comm"),
         ({"data_efficiency": {}}, "the key `data_efficiency` is not one"),
         ({"zero_optimization": {"offload_param": {}}}, "`zero_optimization.offload_param` is not handed"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "`zero_optimization.round_robin_gradients` is not"),
         ({"train_batch_size": 8}, "train_batch_size is 8, but --batch-size says 4: make them equal"),
         ({"train_micro_batch_size_per_gpu": 1}, "is 1, but --micro-batch-size says 4"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2, but cpipe says 1"),
@@ -135,6 +136,21 @@ def test_equal_values_and_auto_change_nothing(tmp_path: Path) -> None:
 def test_a_clash_or_an_unknown_key_is_one_line_with_both_values(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageFailure, match=f"--deepspeed: .*{message}") as refused:
         told(given)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"overlap_com": True}, "unknown key `overlap_com`"),
+        ({"reduce_bucket_size": -1}, "`reduce_bucket_size`: .*found -1"),
+        ({"mics_shard_size": 2}, ".*'zero_optimization.mics_shard_size' is no longer supported"),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_line(given: dict[str, Any], message: str) -> None:
+    settings = config(engine="auto", zero_stage=1, deepspeed=json.dumps({"zero_optimization": given}))
+    with pytest.raises(UsageFailure, match=f"--deepspeed: DeepSpeed refuses its settings: {message}") as refused:
+        start_engine(Toy(), settings, ALONE)
     assert "\n" not in str(refused.value)
 
 

@@ -276,7 +276,10 @@ def muon_update(momentum, gradient):
     return (x.T if tall else x) * 0.2 * max(x.shape) ** 0.5
 
 
-@pytest.mark.parametrize(("engine", "half"), [("torch", False), ("zero-0", False), ("torch", True)])
+@pytest.mark.parametrize(
+    ("engine", "half"),
+    [("torch", False), ("zero-0", False), ("zero-1", False), ("zero-2", False), ("torch", True), ("zero-1", True)],
+)
 def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(engine, half, tmp_path, monkeypatch):
     monkeypatch.setattr(muon, "bf16_is_fast", lambda device: half)
     settings = config(optimizer="muon")
@@ -326,7 +329,7 @@ def test_embeddings_and_the_output_layer_are_not_muons():
         assert sum(len(group["params"]) for group in adamw) == 3 + 1 + (not tied)
 
 
-@pytest.mark.parametrize("engine", ["torch", "zero-0"])
+@pytest.mark.parametrize("engine", ["torch", "zero-0", "zero-1", "zero-2"])
 def test_muon_skips_stops_and_resumes_to_the_bit(engine, tmp_path):
     class Killed(Exception):
         pass
@@ -349,7 +352,7 @@ def test_muon_skips_stops_and_resumes_to_the_bit(engine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("engine", "expected"), [("torch", "muon"), ("zero-0", "muon"), ("zero-1", "adamw"), ("zero-3", "adamw")]
+    ("engine", "expected"), [("torch", "muon"), ("zero-0", "muon"), ("zero-1", "muon"), ("zero-3", "adamw")]
 )
 def test_auto_is_muon_unless_zero_takes_the_matrices_apart(engine, expected, tmp_path):
     found, named = Toy(), Toy()
@@ -364,9 +367,23 @@ def test_auto_is_adamw_where_there_is_no_linear_map():
     assert choose_optimizer(config(optimizer="auto"), vectors) == "adamw"
 
 
-def test_muon_needs_matrices_and_whole_ones():
-    with pytest.raises(UsageFailure, match="--optimizer muon needs whole matrices, which --zero-stage 1 takes apart"):
-        start_engine(Toy(), config(engine="auto", zero_stage=1, optimizer="muon"), ALONE)
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"zero_stage": 3},
+            "--optimizer muon needs whole matrices, of which --zero-stage 3 gives every process a part",
+        ),
+        ({"zero_stage": 1, "offload_optimizer": "cpu"}, "--optimizer muon .* --offload-optimizer cpu leaves to the"),
+    ],
+)
+def test_muon_is_refused_where_it_cannot_work_and_auto_is_adamw(settings, told):
+    with pytest.raises(UsageFailure, match=told):
+        start_engine(Toy(), config(engine="auto", optimizer="muon", **settings), ALONE)
+    assert choose_optimizer(config(engine="auto", optimizer="auto", **settings), Toy()) == "adamw"
+
+
+def test_muon_needs_matrices():
     vectors = nn.ParameterList([nn.Parameter(torch.ones(3))])
     with pytest.raises(UsageFailure, match="--optimizer muon: what is trained has no linear maps inside"):
         start_engine(vectors, config(engine="torch", optimizer="muon"), ALONE)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_engines import ENGINES, assert_close, reference
 from torch import nn
-from toy_processes import ended, in_two, started, wait_for_step, weights_of
+from toy_processes import ended, in_two, started, together, wait_for_step, weights_of
 from toy_training import VOCAB, Toy, batch_at, batch_with, config, weights
 
 from schemas import launch
@@ -359,13 +359,17 @@ def test_two_processes_give_the_weights_of_one(engines, tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 9))
 
 
-def test_two_processes_give_the_weights_of_one_with_muon(tmp_path):
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_give_the_weights_of_one_with_muon(world, tmp_path):
+    """The larger matrix lies in two pieces, or in four."""
     expected = trained(tmp_path / "one", module=Toy(), optimizer="muon")
-    for rank, process in enumerate(in_two(tmp_path / "two", config(**ENGINES["zero-0"], optimizer="muon"))):
-        code, errors = ended(process, tmp_path / "two", rank)
+    every = [config(**ENGINES[engine], optimizer="muon") for engine in ("zero-0", "zero-1", "zero-2")]
+    for rank, process in enumerate(together(world, tmp_path / "more", *every)):
+        code, errors = ended(process, tmp_path / "more", rank)
         assert code == 0, errors
-    for rank in (0, 1):
-        assert_close(weights_of(tmp_path / "two", rank), expected[0], 1e-5)
+    for number in range(len(every)):
+        for rank in range(world):
+            assert_close(weights_of(tmp_path / "more", rank, number), expected[0], 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -381,10 +385,17 @@ def test_what_is_not_finite_on_one_process_is_left_out_on_all(engines, tmp_path)
             assert_close(weights_of(tmp_path, rank, number), reference(config(), 8, (2, 5)), 1e-5)
 
 
-@pytest.mark.parametrize("engine", ["zero-0", pytest.param("zero-2", marks=pytest.mark.slow)])
-def test_one_two_and_again_one_process_continue_each_others_training(engine, tmp_path):
+@pytest.mark.parametrize(
+    ("engine", "optimizer"),
+    [
+        ("zero-0", "adamw"),
+        ("zero-1", "muon"),
+        *(pytest.param("zero-2", each, marks=pytest.mark.slow) for each in ("adamw", "muon")),
+    ],
+)
+def test_one_two_and_again_one_process_continue_each_others_training(engine, optimizer, tmp_path):
     """To 1e-5 of one process throughout: two sum the gradient in another order."""
-    settings = config(**ENGINES[engine])
+    settings = config(**ENGINES[engine], optimizer=optimizer)
     (alone,) = [started(tmp_path, settings, environment={"DEATH": "4"})]
     assert ended(alone, tmp_path)[0] == 9
     assert checkpoints.newest(tmp_path / "checkpoints")[1].step == 3
@@ -393,7 +404,8 @@ def test_one_two_and_again_one_process_continue_each_others_training(engine, tmp
     assert (progress.step, progress.tokens, len(progress.losses)) == (6, 6 * 4 * 6, 6)
     code, errors = ended(started(tmp_path, settings), tmp_path)
     assert code == 0, errors
-    assert_close(weights_of(tmp_path), reference(settings, 8), 1e-5)
+    expected, _ = trained(tmp_path / "whole", module=Toy(), optimizer=optimizer)
+    assert_close(weights_of(tmp_path), expected, 1e-5)
 
 
 def test_killed_while_a_checkpoint_is_written_beside_the_steps_it_resumes_from_the_one_before(tmp_path):

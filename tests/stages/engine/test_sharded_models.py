@@ -143,6 +143,20 @@ def test_two_processes_train_what_one_trains_under_every_stage(model: str, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["two levels", "calm"])
+def test_two_processes_train_with_muon_what_one_trains(model: str, tmp_path: Path) -> None:
+    muon = {"optimizer": "muon", "gradient_clipping": 0.05}  # of every step
+    module = MODELS[model]()
+    (tmp_path / "one").mkdir()
+    losses = train(module, rows_at, settings(None, **muon), tmp_path / "one", "toy").curve
+    every = [settings(stage, **muon) for stage in (0, 1, 2)]
+    assert both_end(tmp_path / "two", *every, make=MODELS[model]) == [0, 0]
+    for rank, number in itertools.product((0, 1), (0, 1, 2)):
+        assert metrics_of(tmp_path / "two", rank, number).curve == pytest.approx(losses, abs=1e-5)
+        assert_trained_like(weights_of(tmp_path / "two", rank, number), weights(module), MODELS[model])
+
+
+@pytest.mark.slow
 def test_two_processes_killed_under_zero_3_continue_a_composed_model_to_the_bit(tmp_path: Path) -> None:
     make, often = MODELS["calm"], settings(3, steps=5, checkpoint_every=1)
     both_end(tmp_path / "whole", often, make=make)

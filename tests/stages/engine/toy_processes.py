@@ -128,13 +128,18 @@ def wait_for_step(folder, step, process, rank=0):
     pytest.fail("the training does not get on")
 
 
-def in_two(folder, *settings, environment=None, **task):
+def in_two(folder, *settings, **task):
     """Two processes of one training, as a launcher starts them."""
+    return together(2, folder, *settings, **task)
+
+
+def together(world, folder, *settings, environment=None, **task):
+    """As many processes of one training."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", **(environment or {})}
-    ranks = ({"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in "01")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), **(environment or {})}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(world))
     return [started(folder, *settings, environment=one, **task) for one in ranks]
 
 
