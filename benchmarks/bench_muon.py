@@ -75,8 +75,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logger.remove()
     with tempfile.TemporaryDirectory(prefix="bench-muon-") as folder:
-        text = _tokenized(Path(folder), options.inputs, options.bytes_per_source)
-        shape = _shape(options.width, options.layers, text.vocabulary)
+        text = tokenized(Path(folder), options.inputs, options.bytes_per_source)
+        shape = shape_of(options.width, options.layers, text.vocabulary)
         _print_step(shape)
         adamw, muon = (_searched(text, shape, optimizer, options.steps) for optimizer in RATES)
         cost = statistics.median(row.seconds for row in adamw) / statistics.median(row.seconds for row in muon)
@@ -91,7 +91,8 @@ def main() -> None:
     _print_seeds(again)
 
 
-def _shape(width: int, layers: int, vocabulary: int) -> DecoderConfig:
+def shape_of(width: int, layers: int, vocabulary: int) -> DecoderConfig:
+    """Of the decoders compared."""
     heads = {"num_attention_heads": width // HEAD, "num_key_value_heads": width // HEAD}
     widths = {"hidden_size": width, "intermediate_size": 8 * round(width / 3), "num_hidden_layers": layers, **heads}
     return DecoderConfig(**widths, vocab_size=vocabulary, max_position_embeddings=LENGTH)
@@ -106,7 +107,8 @@ def _searched(text: Text, shape: DecoderConfig, optimizer: str, steps: int) -> l
     return list(found.values())
 
 
-def _tokenized(folder: Path, inputs: list[str], limit: int) -> Text:
+def tokenized(folder: Path, inputs: list[str], limit: int) -> Text:
+    """So many bytes of each source, in the run `folder`."""
     settings = TokenizeConfig(inputs=tuple(inputs), vocab_size=2048, limit_bytes_per_source=limit, valid_fraction=0.05)
     tokenize_text.run(settings, folder)
     tokens = TokenizeManifest.read(folder)

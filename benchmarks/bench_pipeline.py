@@ -1,10 +1,11 @@
 """The whole pipeline on a folder of text of several domains, and the comparisons it is built for.
 
-    python benchmarks/bench_pipeline.py RUN 'corpus/*.jsonl.zst' [--seed 0] [--optimizer muon]
+    python benchmarks/bench_pipeline.py RUN 'corpus/*.jsonl.zst' [--seed 0] [--optimizer muon] [--found-rates]
 
 Every stage is a `cpipe` command, so an interrupted benchmark goes on where it stopped. Prints the table and, for each
-claim, which row won and by how much, whatever the outcome. `--seed` and `--optimizer` are of all trainings; tokens and
-clusters stay the same, so RUN may begin as a copy of another run's `tokens` and `clusters`.
+claim, which row won and by how much, whatever the outcome. `--seed` and `--optimizer` are of all trainings, and
+`--found-rates` leaves their learning rates to cpipe, but the gates'; tokens and clusters stay the same, so RUN may
+begin as a copy of another run's `tokens` and `clusters`.
 """
 
 import argparse
@@ -34,7 +35,7 @@ sequence_length = 256
 batch_size = 16
 steps = 1200
 optimizer = "{optimizer}"
-learning_rate = {rates[0]}
+{rates[0]}
 
 [train-experts]
 seed = {seed}
@@ -42,7 +43,7 @@ sequence_length = 256
 batch_size = 16
 steps = 1500
 optimizer = "{optimizer}"
-learning_rate = {rates[1]}
+{rates[1]}
 dense_steps = {dense_steps}
 
 [train-gates]
@@ -77,13 +78,14 @@ sequence_length = 256
 batch_size = 16
 steps = 100
 optimizer = "{optimizer}"
-learning_rate = {rates[2]}
+{rates[2]}
 bridge_steps = 300
 bridge_batch_size = 8
-bridge_learning_rate = {rates[3]}
+{rates[3]}
 """
 
 # Of the seed; of experts and dense; of the central model alone; and with the experts in place.
+RATE_NAMES = ("learning_rate", "learning_rate", "learning_rate", "bridge_learning_rate")
 RATES = {"muon": (8e-3, 4e-3, 8e-3, 4e-3), "adamw": (4e-3, 2e-3, 2e-3, 3e-3)}
 
 # (name, bridge, what is mixed in the end, experts, whether it is told how well each predicted the tokens so far, gates)
@@ -123,11 +125,14 @@ def main() -> None:
     parser.add_argument("inputs", nargs="+")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--optimizer", choices=RATES, default="muon")
+    parser.add_argument("--found-rates", action="store_true")
     asked = parser.parse_args()
     run: Path = asked.run
     run.mkdir(parents=True, exist_ok=True)
     further = sorted(int(path.parent.name.split("-")[1]) for path in run.glob("dense-*/manifest.json"))
-    trainings = {"seed": asked.seed, "optimizer": asked.optimizer, "rates": RATES[asked.optimizer]}
+    rates = [f"{name} = {rate}" for name, rate in zip(RATE_NAMES, RATES[asked.optimizer], strict=True)]
+    rates = [""] * len(rates) if asked.found_rates else rates
+    trainings = {"seed": asked.seed, "optimizer": asked.optimizer, "rates": rates}
     metrics = pipeline(run, asked.inputs, further, trainings)
     # One model that gets all the FLOPs of the composed one: how many steps that is, the table tells.
     steps = metrics["dense_steps"]["composed stitch"]

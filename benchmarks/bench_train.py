@@ -122,6 +122,7 @@ def batch_at(step: int) -> Tensor:
 
 def settings(**changes: Any) -> TrainingConfig:
     known = {"steps": 10_000, "checkpoint_every": 10_000, "precision": "fp32", "engine": "torch", "optimizer": "adamw"}
+    known["learning_rate"] = 1e-3
     return TrainingConfig(**{**known, "batch_size": OPTIONS.batch, "sequence_length": OPTIONS.length, **changes})
 
 

@@ -179,12 +179,18 @@ def show_plan(plan: "Plan", *, as_json: bool) -> None:
         return
     table = Table(title="what the settings would train")
     table.add_column("training", no_wrap=True)
-    names = ("times", "parameters", "trained", "tokens", "epochs", "FLOPs", "precision", "ZeRO", "rows")
+    names = ("times", "parameters", "trained", "tokens", "epochs", "FLOPs", "rate", "precision", "ZeRO", "rows")
     for name in (*names, "states", "activations", "disk", "hours"):
         table.add_column(name, justify="right")
     for each in plan.trainings:
         counts = (_size(each.parameters, ""), _size(each.trained_parameters, ""), _size(each.tokens, ""))
-        how = (f"{each.flops:.1e}", each.precision, cell(each.zero_stage), cell(each.micro_batch_size))
+        how = (
+            f"{each.flops:.1e}",
+            f"{each.learning_rate:g}",
+            each.precision,
+            cell(each.zero_stage),
+            cell(each.micro_batch_size),
+        )
         activations = each.memory.activations
         bytes_of = (each.memory.total - activations, activations, each.disk)
         hours = None if each.seconds is None else each.seconds / 3600
@@ -193,6 +199,10 @@ def show_plan(plan: "Plan", *, as_json: bool) -> None:
     OUT.print(table)
     if plan.flops_per_second:
         OUT.print(f"{plan.flops_per_second:.3g} FLOP/s a device, {'measured here' if plan.measured else 'as given'}")
+    seed = plan.trainings[0]
+    if seed.name == "seed" and (share := seed.tokens / seed.parameters) < 10:
+        better = "about 20 are best for given FLOPs (Hoffmann et al. 2022): more --steps, or fewer weights"
+        OUT.print(f"the seed sees {share:.2g} tokens for each weight; {better}", soft_wrap=True)
     for line in plan.unknown:
         OUT.print(f"unknown: {line}", soft_wrap=True)
 

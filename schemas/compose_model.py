@@ -40,7 +40,9 @@ class BridgeTraining(Config):
     train: Literal["bridges", "all"] = Field("all", description="Train the bridges only, or the central model too.")
     bridge_steps: int = Field(1000, gt=0, description="Optimizer steps with the experts in place.")
     bridge_batch_size: int = Field(32, gt=0, description="Rows in one of these steps.")
-    bridge_learning_rate: float = Field(1e-3, gt=0, description="Peak, after warm-up, of these steps.")
+    bridge_learning_rate: float | None = Field(
+        None, gt=0, description="Peak, after warm-up, of these steps; default: by their FLOPs."
+    )
 
 
 class CentralAloneConfig(Config):
@@ -96,6 +98,11 @@ class ComposeConfig(CentralAloneConfig):
     def alone(self) -> CentralAloneConfig:
         """The part that does not depend on experts."""
         return CentralAloneConfig(central=self.central, training=self.training)
+
+    @property
+    def seen(self) -> int:
+        """Tokens that what is trained with the experts in place has seen before; bridges alone have seen none."""
+        return self.training.tokens if self.bridge_training.train == "all" else 0
 
     def with_experts(self) -> TrainingConfig:
         """The training settings of the bridges."""

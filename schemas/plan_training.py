@@ -55,6 +55,7 @@ class PlannedTraining(Strict):
         description="Floating point operations of one, forward and backward, and forward again where activations are "
         "checkpointed."
     )
+    learning_rate: float = Field(description="Peak, as given or found.")
     precision: str = Field(description="fp32, bf16 or fp16, on this machine where it is auto.")
     zero_stage: int = Field(description="DeepSpeed's ZeRO stage.")
     micro_batch_size: int = Field(description="Rows in one forward pass of one device.")

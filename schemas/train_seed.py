@@ -31,9 +31,9 @@ class SeedMetrics(Strict):
     training: TrainingMetrics | None = Field(description="The training run; None where there was none here.")
 
     @property
-    def trained_tokens(self) -> int:
-        """Tokens it was trained on here."""
-        return self.training.tokens if self.training else 0
+    def seen(self) -> int | None:
+        """Tokens it was trained on; None where that was elsewhere."""
+        return self.training.tokens if self.training else None
 
 
 class SeedManifest(Manifest):

@@ -3,9 +3,9 @@
 import json
 import os
 from pathlib import Path
-from typing import Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from schemas.failures import IntegrityFailure
 from schemas.strict import Config, Strict, runtime_setting, unique_json
@@ -17,7 +17,9 @@ class TrainingConfig(Config):
     steps: int = Field(1000, gt=0, description="Optimizer steps.")
     batch_size: int = Field(32, gt=0, description="Rows in one optimizer step, over all processes.")
     sequence_length: int = Field(256, gt=1, description="Tokens in a row.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak, after warm-up.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak, after warm-up; default: by the FLOPs of the training, which `cpipe plan` tells."
+    )
     schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "cosine", description="Of the rate after warm-up; wsd keeps the peak and falls in the last steps only."
     )
@@ -112,9 +114,21 @@ class TrainingConfig(Config):
         return canonical
 
     @property
+    def peak(self) -> float:
+        """The learning rate. Raises ValueError where it is still to be found (`stages.engine.schedule.peak_rate`)."""
+        if self.learning_rate is None:
+            raise ValueError("the learning rate is not known yet")
+        return self.learning_rate
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step learns from, over all processes."""
         return self.batch_size * self.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all steps together learn from."""
+        return self.steps * self.tokens_per_step
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -134,8 +148,16 @@ class TrainingMetrics(Strict):
     tokens: int = Field(description="Tokens trained on.")
     first_loss: float = Field(description="Loss of the first step, nats per token; ln(vocabulary) for a new model.")
     final_loss: float = Field(description="Mean loss of the last twentieth of the steps, nats per token.")
+    learning_rate: float | None = Field(
+        None, description="Its peak, given or found; none in what was written before it was recorded."
+    )
     curve: tuple[float, ...] = Field(description="Mean losses of equal stretches of the run.")
     skipped: int = Field(0, description="Steps left out because their loss or gradient was not finite.")
     engine: str = Field(description="deepspeed or torch.")
     precision: str = Field(description="fp32, bf16 or fp16.")
     compiled: bool = Field(False, description="Whether the model was compiled.")
+
+    @model_serializer(mode="wrap")
+    def _without_a_rate_that_is_not_there(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So a manifest that was written without one has the digest it had."""
+        return {name: value for name, value in write(self).items() if name != "learning_rate" or value is not None}

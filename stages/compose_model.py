@@ -176,7 +176,8 @@ def _train_with_experts(
     rows = Rows(TokenStore.open(shards), upstream.tokens.metrics.end_of_text, training.sequence_length)
     batches = rows.batches(training.batch_size, training.seed + 4)
     features = _features(composed, config, run_dir, upstream) if config.feature_cache else None
-    metrics = train(ComposedLoss(composed, features), batches, training, folder, config.name)
+    loss = ComposedLoss(composed, features)
+    metrics = train(loss, batches, training, folder, config.name, seen=config.seen)
     if features:
         features.tell()
     return _usage(composed.cpu(), batches(training.steps)), metrics

@@ -109,7 +109,7 @@ class Evaluation:
             Decoder.from_weights(*models.decoder("seed")),
             length,
             models.gates.metrics.layer if models.gates else None,
-            models.seed.metrics.trained_tokens,
+            models.seed.metrics.seen or 0,
             sum(expert.metrics.training.tokens for expert in models.experts),
             models.experts[0].config.lora,
         )

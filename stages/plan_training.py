@@ -2,12 +2,10 @@
 
 - shapes come from what the run holds already, else from the settings; every model is built without content, and one
   step of it is counted: so FLOPs, frozen parts and activations are those of the code that will run
-- memory: 4 bytes a weight, 4 a gradient, 8 for AdamW's averages, of Muon 4, divided among devices by ZeRO's stage 1, 2
-  and 3 (Rajbhandari et al. 2020, section 3, for fp32 throughout), and what autograd and autocast keep of one
-  micro-batch. What the libraries themselves take comes on top, and in the processor's memory a copy of all that a
-  checkpoint holds, while it is written
-- an offloaded optimizer has 16 bytes for each weight it steps in the processor's memory: weight, gradient, averages
-  (Ren et al. 2021, section 4.1, for fp32 throughout)
+- memory, fp32 throughout: 4 bytes a weight, 4 a gradient, 8 for AdamW's averages, of Muon 4, divided among devices by
+  ZeRO's stage 1, 2 and 3 (Rajbhandari et al. 2020, section 3), and what autograd and autocast keep of one micro-batch.
+  What the libraries take comes on top, and beside the processor a copy of a checkpoint while it is written, or of an
+  offloaded optimizer 16 bytes for each weight: weight, gradient, averages (Ren et al. 2021, section 4.1)
 - time: FLOPs over what this device does with a few real steps of the seed, or over a speed that is given
 """
 
@@ -41,6 +39,7 @@ from stages.engine.engines import start_engine
 from stages.engine.optimizer import choose_optimizer, numbers_kept
 from stages.engine.precision import choose_precision
 from stages.engine.processes import find_place
+from stages.engine.schedule import peak_rate
 from stages.nn.central import CentralLoss, CentralModel
 from stages.nn.composed import ComposedModel
 from stages.nn.composed_loss import ComposedLoss
@@ -48,11 +47,10 @@ from stages.nn.decoder import Decoder, NextTokenLoss
 from stages.nn.gate_losses import ContrastiveLoss, GateLoss, RoutedContrastiveLoss, RoutedLoss
 from stages.nn.gates import ExpertGates, SeedGate
 from stages.nn.lora import adapters, add_adapters
-from stages.nn.planning import PassCost, cost_of_pass
+from stages.nn.planning import PassCost, cost_of_pass, hollow
 from stages.nn.routed import RoutedDecoder
 
 M = TypeVar("M", bound=Manifest)
-
 FP32 = 4  # bytes
 LOGITS = 3  # copies of a micro-batch's logits while a loss is computed: as they come, in fp32, their logarithms
 
@@ -66,6 +64,7 @@ class Job:
     make: Callable[[], nn.Module]  # the module that gives its loss
     training: TrainingConfig
     share: float = 1.0  # of the text that one of them sees
+    seen: int | None = 0  # tokens that what is trained has seen before; None: some, elsewhere
 
 
 def run(config: PlanConfig, run_dir: Path) -> Plan:
@@ -78,12 +77,11 @@ def run(config: PlanConfig, run_dir: Path) -> Plan:
     text = tokens.metrics.train.tokens + tokens.metrics.train.documents if tokens else None  # an end after each
     speed = config.flops_per_second or _measure(first, shape, config.seconds)
     added = added_domains(run_dir) if _maybe(ExpertsManifest, run_dir) else []
-    parts = {domain.config.name: domain.metrics.train for domain in added}
-    shares = {name: (part.tokens + part.documents) / (text or 1) for name, part in parts.items()}
+    parts = ((domain.config.name, domain.metrics.train) for domain in added)
+    shares = {name: (part.tokens + part.documents) / (text or 1) for name, part in parts}
     found = jobs(config, shape, experts, shares, imported=_is_imported(config, seed))
-    planned = tuple(_plan(job, config.processes, shape, text, speed) for job in found)
     return Plan(
-        trainings=planned,
+        trainings=tuple(_plan(job, config.processes, shape, text, speed) for job in found),
         flops_per_second=speed,
         measured=config.flops_per_second is None,
         unknown=tuple(_unknown(run_dir, tokens, clusters, experts)),
@@ -143,15 +141,16 @@ def jobs(
     """
     decoder = partial(_next_token, shape)
     members = dict(config.experts.members(experts))
+    seen = None if imported else config.seed.training.tokens
     if not imported:
         yield Job("seed", 1, decoder, config.seed.training)
-    adapted = partial(_adapted, shape, config.experts.lora) if config.experts.kind == "lora" else decoder
-    share = members["experts/000"].training
-    yield Job("experts", experts, adapted, share, share=1 / experts)
+    lora = config.experts.kind == "lora"
+    member, before = (partial(_adapted, shape, config.experts.lora), 0) if lora else (decoder, seen)
+    yield Job("experts", experts, member, members["experts/000"].training, share=1 / experts, seen=before)
     for name, part in added.items():
-        yield Job(f"expert {name}", 1, adapted, share, share=part)
+        yield Job(f"expert {name}", 1, member, members["experts/000"].training, share=part, seen=before)
     for name in (name for name in members if name.startswith(DENSE)):
-        yield Job(name, 1, decoder, members[name].training)
+        yield Job(name, 1, decoder, members[name].training, seen=seen)
     experts += len(added)
     for place, mode in config.gates.kinds():
         if mode in ("mean-activation", "arrow"):
@@ -166,7 +165,7 @@ def jobs(
             told.add(alone_settings)
             yield Job("central-alone", 1, partial(_central_loss, central), composition.training)
         make = partial(_composed_loss, composition, central, shape, experts, config.gates)
-        yield Job(composition.name, 1, make, composition.with_experts())
+        yield Job(composition.name, 1, make, composition.with_experts(), seen=composition.seen)
 
 
 def _next_token(shape: DecoderConfig) -> nn.Module:
@@ -241,7 +240,7 @@ def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, spee
     length, recompute = training.sequence_length, training.activation_checkpointing
     half, kept = precision != "fp32", partial(numbers_kept, config=training)
     cost = cost_of_pass(job.make, micro, length, half=half, recompute=recompute, numbers_kept=kept)
-    tokens = training.steps * training.tokens_per_step
+    tokens = training.tokens
     flops = cost.flops / (micro * length) * tokens
     return PlannedTraining(
         name=job.name,
@@ -251,6 +250,7 @@ def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, spee
         tokens=tokens,
         epochs=None if text is None else tokens / (text * job.share),
         flops=flops,
+        learning_rate=peak_rate(training, hollow(job.make), job.seen),
         precision=precision,
         zero_stage=training.zero_stage,
         micro_batch_size=micro,

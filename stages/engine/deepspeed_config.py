@@ -82,7 +82,7 @@ def _compare(given: dict[str, Any], own: dict[str, Any], precision: str, chosen:
     kind = {"adamw": "AdamW", "muon": "Muon"}[chosen]
     _agree(optimizer, {"type": kind, "params": None}, "optimizer.", {"type": "--optimizer"}, strict=True)
     betas = [config.adam_beta1, config.adam_beta2]
-    params = {"lr": config.learning_rate, "betas": betas, "eps": 1e-8, "weight_decay": config.weight_decay}
+    params = {"lr": config.peak, "betas": betas, "eps": 1e-8, "weight_decay": config.weight_decay}
     flags = {"lr": "--learning-rate", "betas": "--adam-beta1 and -2", "weight_decay": "--weight-decay"}
     _agree(_table(optimizer, "params", "optimizer."), params, "optimizer.params.", flags, strict=True)
     if (scheduler := _table(given, "scheduler")) != {}:

@@ -26,7 +26,7 @@ from stages.engine.engines import Engine, start_engine
 from stages.engine.precision import choose_precision
 from stages.engine.processes import Place, any_process, find_place, mean_over_processes
 from stages.engine.reporter import Reporter
-from stages.engine.schedule import learning_rate
+from stages.engine.schedule import learning_rate, peak_rate
 from stages.engine.stopping import Deadline, stop_requested
 
 CURVE_POINTS = 100
@@ -39,6 +39,8 @@ def train(
     folder: Path,
     label: str,
     write: Callable[[str], str] | None = None,
+    *,
+    seen: int | None = 0,
 ) -> TrainingMetrics:
     """Train the parameters of `module` that require a gradient; on return they hold the final weights.
 
@@ -46,6 +48,7 @@ def train(
     batch_at: int64 [batch_size, sequence_length + 1] for a step from 0 on, a pure function; where it has a method
         `describe(step)`, that names the rows when the loss is not finite
     folder: where `checkpoints/`, `metrics.jsonl`, `samples.jsonl` and `tensorboard/` go
+    seen: tokens that what is trained was trained on before, None if that was elsewhere; for a rate that is not given
     write: continues a prompt with the module as it is, for samples; must leave it as it is
 
     Raises DivergedFailure, InterruptedFailure, and UsageFailure when the batch cannot be divided, or samples cannot be
@@ -54,6 +57,7 @@ def train(
     place = find_place()
     _check_division(config, place)
     _check_samples(config, write, label)
+    config = _with_rate(config, module, seen, label)
     engine = start_engine(module, config, place)
     saved, compiled = folder / "checkpoints", choose_compile(config, place, module)
     course = Course(_resume(engine, saved, label), config, label, batch_at)
@@ -104,6 +108,14 @@ def _check_samples(config: TrainingConfig, write: Callable[[str], str] | None, l
         raise UsageFailure("--zero-stage 3 takes apart the weights that --sample-every needs: leave one of them out")
 
 
+def _with_rate(config: TrainingConfig, module: nn.Module, seen: int | None, label: str) -> TrainingConfig:
+    """The settings with a learning rate: where none is given, that which fits the size of the training."""
+    rate = peak_rate(config, module, seen)
+    if config.learning_rate is None:
+        logger.info("{}: learning rate {:g}, by the size of the training", label, rate)
+    return config.model_copy(update={"learning_rate": rate})
+
+
 def _resume(engine: Engine, saved: Path, label: str) -> Progress:
     if (found := checkpoints.newest(saved)) is None:
         return Progress(step=0, tokens=0, losses=())
@@ -150,6 +162,7 @@ def _metrics(course: Course, config: TrainingConfig, engine: Engine, precision: 
         tokens=course.tokens,
         first_loss=losses[0],
         final_loss=sum(last) / len(last),
+        learning_rate=config.learning_rate,
         curve=tuple(sum(piece) / len(piece) for piece in pieces),
         skipped=course.skipped,
         engine=engine.name,

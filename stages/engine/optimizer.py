@@ -17,6 +17,8 @@ from stages.engine.sharded_muon import ShardedMuon
 
 AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names torch gives them
 
+RATE = 0.0  # until the first step: each brings its own
+
 Parts = dict[str, Tensor]  # "loss", which is optimised, and whatever else the module wants logged
 
 
@@ -72,7 +74,7 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> Optimizer:
         return _adamw(parameters, config)
     kind = ShardedMuon if config.zero_stage else Muon
     inside = _linear_maps(module)
-    muon, among = kind(inside, config.learning_rate, config.weight_decay), {id(parameter) for parameter in inside}
+    muon, among = kind(inside, RATE, config.weight_decay), {id(parameter) for parameter in inside}
     rest = [parameter for parameter in parameters if id(parameter) not in among]
     return Together(muon, _adamw(rest, config)) if rest else muon
 
@@ -105,7 +107,7 @@ def _adamw(parameters: Collection[nn.Parameter], config: TrainingConfig) -> torc
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=RATE,
         betas=(config.adam_beta1, config.adam_beta2),
         fused=True,
     )

@@ -1,8 +1,35 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate: its peak, by the size of the training, and a pure function of the step."""
 
 import math
 
+from torch import nn
+
 from schemas.training import TrainingConfig
+from stages.engine.optimizer import choose_optimizer, trained
+
+FLOPS = 6  # of a step, for each weight that is trained and each token (Kaplan et al. 2020, section 2.1)
+# Shares of the law's rate, as benchmarks/bench_rates.py finds them for small models.
+OF_ADAMW = 0.5
+GOES_ON = 0.5
+ELSEWHERE = 20  # tokens for each weight that a model from elsewhere has seen, at least (Hoffmann et al. 2022)
+
+
+def peak_rate(config: TrainingConfig, module: nn.Module, seen: int | None) -> float:
+    """The peak, as given, or by the law of DeepSeek LLM (Bi et al. 2024, section 3.1): 0.3118 C^(-1/8).
+
+    C: FLOPs of all the training that the weights have had in the end. The law was found with AdamW and 1e17 to 2e19 of
+    them; Muon's updates are as large. Less is taken for AdamW, which small trainings suit so, and for what goes on.
+
+    module: before any of it is taken apart
+    seen: tokens that what is trained was trained on before; None: on some, elsewhere
+    """
+    if config.learning_rate is not None:
+        return config.learning_rate
+    weights = sum(parameter.numel() for parameter in trained(module).values())
+    before = ELSEWHERE * weights if seen is None else seen
+    flops = FLOPS * weights * (before + config.tokens)
+    share = (GOES_ON if before else 1) * (OF_ADAMW if choose_optimizer(config, module) == "adamw" else 1)
+    return float(f"{0.3118 * flops**-0.125 * share:.2g}")  # as one would write it
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -14,7 +41,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     """
     warmup = round(config.warmup * config.steps)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return config.peak * (step + 1) / warmup
     done = (step - warmup) / max(1, config.steps - 1 - warmup)
     if config.schedule == "cosine":
         height = (1 + math.cos(math.pi * done)) / 2
@@ -26,4 +53,4 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     else:
         height = 1.0
     share = config.final_learning_rate + (1 - config.final_learning_rate) * height
-    return config.learning_rate * share
+    return config.peak * share

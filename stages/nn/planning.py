@@ -77,6 +77,12 @@ def cost_of_pass(
         )
 
 
+def hollow(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module, its weights without content."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make()
+
+
 def _recomputing(module: nn.Module) -> nn.Module:
     for layer in _layers(module):
         setattr(layer, "recompute", True)  # noqa: B010  # for mypy, a module has tensors only

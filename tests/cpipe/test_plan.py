@@ -33,6 +33,7 @@ def test_a_plan_needs_no_more_than_a_folder_and_settings(cpipe, tmp_path):
     result = cpipe("plan", tmp_path, "--flops-per-second", "1e9")
     assert result.exit_code == 0
     assert "unknown: epochs: no tokens" in result.stdout
+    assert "the seed sees 0.12 tokens for each weight" in " ".join(result.stdout.split())
     assert [path.name for path in tmp_path.iterdir()] == ["cpipe.toml"]
 
 

@@ -82,9 +82,9 @@ def calls(monkeypatch):
     seen = {}
     for stage in (train_experts, train_gates):
 
-        def record(module, batch_at, config, folder, label, *rest, real=stage.train):
+        def record(module, batch_at, config, folder, label, *rest, real=stage.train, **more):
             seen[label] = [batch_at(step) for step in range(config.steps)]
-            return real(module, batch_at, config, folder, label, *rest)
+            return real(module, batch_at, config, folder, label, *rest, **more)
 
         monkeypatch.setattr(stage, "train", record)
     return seen
@@ -164,7 +164,7 @@ def test_a_second_call_trains_nothing_and_a_plain_one_keeps_it(added_run, config
 def test_killed_in_its_training_it_is_finished_by_the_same_call_or_a_plain_one(
     added_run, full_run, tmp_path, config, plain, monkeypatch
 ):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     expected = ExpertManifest.read(added_run, "experts/003").outputs

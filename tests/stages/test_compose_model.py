@@ -117,7 +117,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bytes(composed_run, gated_ru
     run_dir = copied_run(gated_run)
     real, calls = compose_model.train, []
 
-    def stops_halfway(module, batch_at, training, folder, label):
+    def stops_halfway(module, batch_at, training, folder, label, **more):
         calls.append(label)
 
         def batch(step):
@@ -125,7 +125,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bytes(composed_run, gated_ru
                 raise InterruptedFailure(label)
             return batch_at(step)
 
-        return real(module, batch, training, folder, label)
+        return real(module, batch, training, folder, label, **more)
 
     monkeypatch.setattr(compose_model, "train", stops_halfway)
     for _ in range(2):

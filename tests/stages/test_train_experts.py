@@ -26,9 +26,9 @@ def calls(monkeypatch):
     seen = {}
     real = train_experts.train
 
-    def record(module, batch_at, config, folder, label, write):
+    def record(module, batch_at, config, folder, label, write, **more):
         seen[label] = [batch_at(step) for step in range(config.steps)]
-        return real(module, batch_at, config, folder, label, write)
+        return real(module, batch_at, config, folder, label, write, **more)
 
     monkeypatch.setattr(train_experts, "train", record)
     return seen
@@ -95,6 +95,14 @@ def test_every_member_starts_from_the_seed(expert_run, seeded_run, copied_run, t
     for folder in FOLDERS:
         assert ExpertManifest.read(run_dir, folder).output("model.safetensors").digest == seed
         assert ExpertManifest.read(expert_run, folder).output("model.safetensors").digest != seed
+
+
+def test_a_rate_that_is_not_given_is_half_of_what_new_weights_would_take(seeded_run, copied_run, training):
+    training = training.model_copy(update={"learning_rate": None})
+    dense = train_experts.run(ExpertsConfig(training=training, expert="dense"), copied_run(seeded_run)).metrics
+    tokens = SeedManifest.read(seeded_run).metrics.training.tokens + dense.training.tokens
+    as_new = 0.3118 * (6 * dense.parameters * tokens) ** (-1 / 8)
+    assert dense.training.learning_rate == pytest.approx(as_new / 2, rel=0.05)
 
 
 def test_an_expert_is_better_on_its_kind_than_the_dense_model_was_at_the_start(expert_run):
@@ -279,7 +287,7 @@ def test_an_expert_needs_no_shards_but_its_own(seeded_run, copied_run, config):
 def test_experts_see_one_document_where_that_is_asked(expert_run, copied_run, monkeypatch):
     run_dir, seen = copied_run(expert_run), []
 
-    def look(module, *_):
+    def look(module, *_, **__):
         seen.append(module.decoder.separator)
         raise KeyboardInterrupt
 

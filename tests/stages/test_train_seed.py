@@ -9,6 +9,7 @@ import torch
 
 from schemas.failures import IntegrityFailure, UsageFailure
 from schemas.files import digest_of
+from schemas.manifest import digest_of_json
 from schemas.tokenize_text import TokenizeManifest
 from schemas.train_seed import SeedConfig, SeedManifest
 from schemas.verify_run import VerifyConfig
@@ -105,6 +106,30 @@ def test_force_trains_again_with_the_new_setting(seeded_run, copied_run, config)
     assert manifest == SeedManifest.read(run_dir)
     assert manifest.config.training.learning_rate == 0.01
     assert digest_of(run_dir / "seed" / "model.safetensors") != before
+
+
+def test_a_rate_that_is_not_given_fits_the_size_of_the_training_and_is_told(seeded_run, copied_run, config):
+    run_dir = copied_run(seeded_run)
+    manifest = train_seed.run(changed(config, learning_rate=None, log_every=1), run_dir, force=True)
+    found = manifest.metrics.training.learning_rate
+    flops = 6 * manifest.metrics.parameters * manifest.metrics.training.tokens
+    assert found == float(f"{0.3118 * flops ** (-1 / 8):.2g}")
+    assert manifest.config.training.learning_rate is None
+    lines = [json.loads(line) for line in (run_dir / "seed" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["learning_rate"] for line in lines) == found
+    assert SeedManifest.read(seeded_run).metrics.training.learning_rate == 0.005
+
+
+def test_a_manifest_from_before_rates_were_recorded_is_as_it_was_sealed(seeded_run, copied_run, config, no_training):
+    run_dir = copied_run(seeded_run)
+    path = run_dir / "seed" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["metrics"]["training"]["learning_rate"], content["digest"]
+    path.write_text(json.dumps({**content, "digest": digest_of_json(content)}))
+    manifest = train_seed.run(config, run_dir)
+    assert manifest.is_as_sealed()
+    assert manifest.metrics.training.learning_rate is None
+    assert [each for each in verify_run.stream(VerifyConfig(), run_dir) if each.problems] == []
 
 
 def test_the_same_settings_give_the_same_bytes(seeded_run, copied_run, config):

@@ -1,13 +1,49 @@
 import pytest
+import torch
 from pydantic import ValidationError
+from torch import nn
 
 from schemas.training import TrainingConfig
-from stages.engine.schedule import learning_rate
+from stages.engine.schedule import OF_ADAMW, learning_rate, peak_rate
 
 
 def rates(**settings):
     config = TrainingConfig(learning_rate=2.0, **settings)
     return [learning_rate(step, config) for step in range(config.steps)]
+
+
+def peak(module, seen=0, **settings):
+    config = TrainingConfig(**{"steps": 10, "batch_size": 4, "sequence_length": 25, "engine": "torch", **settings})
+    return peak_rate(config, module, seen)
+
+
+def test_the_peak_is_what_is_given():
+    assert peak(nn.Linear(4, 4), learning_rate=0.0123456) == 0.0123456
+
+
+@pytest.mark.parametrize(
+    ("width", "settings", "expected"),
+    [
+        (100, {}, 0.033),  # 6 x 10,000 weights x 1,000 tokens = 6e7 FLOPs, whose eighth root is 9.381
+        (100, {"batch_size": 8, "steps": 5}, 0.033),
+        (100, {"steps": 2560}, 0.017),  # 256 times the FLOPs, half the rate
+        (1600, {}, 0.017),
+        (100, {"optimizer": "adamw"}, 0.017),
+        (100, {"seen": 255_000}, 0.0083),  # half of what as many tokens in all would take
+        (100, {"seen": None}, 0.0086),  # 20 tokens for each weight before: 201,000 in all
+    ],
+)
+def test_without_one_it_falls_with_the_flops_of_what_is_trained(width, settings, expected):
+    frozen = nn.Linear(7, 7).requires_grad_(False)
+    assert peak(nn.Sequential(nn.Linear(width, width, bias=False), frozen), **settings) == expected
+
+
+def test_a_law_fit_far_away_is_met_where_it_was_fit():
+    """DeepSeek LLM 67B (Bi et al. 2024, table 2): 67e9 weights, 2e12 tokens, a rate of 3.2e-4."""
+    large = torch.empty(67_000_000, 1000, device="meta")
+    module = nn.ParameterList([nn.Parameter(large)])
+    found = peak(module, steps=100_000, batch_size=5_000, sequence_length=4_000) / OF_ADAMW
+    assert found == pytest.approx(3.2e-4, rel=0.3)
 
 
 def test_the_rate_rises_linearly_to_the_peak_and_falls_as_half_a_cosine():
