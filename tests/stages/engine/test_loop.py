@@ -372,6 +372,21 @@ def test_several_processes_give_the_weights_of_one_with_muon(world, tmp_path):
             assert_close(weights_of(tmp_path / "more", rank, number), expected[0], 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_give_the_weights_of_one_in_half_precision(precision, optimizer, tmp_path):
+    half = {"precision": precision, "optimizer": optimizer}
+    expected, _ = trained(tmp_path / "one", module=Toy(), **half)
+    every = [config(**ENGINES[engine], **half) for engine in ("zero-0", "zero-1", "zero-2")]
+    for rank, process in enumerate(in_two(tmp_path / "two", *every)):
+        code, errors = ended(process, tmp_path / "two", rank)
+        assert code == 0, errors
+    for number in range(len(every)):
+        assert_close(weights_of(tmp_path / "two", 0, number), expected, 1e-3)  # a tenth of a step
+        assert_close(weights_of(tmp_path / "two", 1, number), weights_of(tmp_path / "two", 0, number), 0)
+
+
 @pytest.mark.parametrize(
     "engines", [("zero-0", "zero-1"), pytest.param(("zero-2", "zero-3"), marks=pytest.mark.slow)], ids=str
 )
