@@ -1,15 +1,15 @@
 """Learning rates around the one cpipe finds by itself: validation loss at a quarter, half, one and two times the law's.
 
-    python benchmarks/bench_rates.py 'corpus/*.jsonl.zst' [--seeds 1] [--shorter]
+    python benchmarks/bench_rates.py 'corpus/*.jsonl.zst' [--seeds 1] [--longer]
 
-- the law: 0.3118 C^(-1/8), C being the FLOPs of all training that the weights have had in the end
-  (`stages.engine.schedule.peak_rate`); cpipe takes the whole for Muon, half for AdamW, and half of that for what was
-  trained before. The table has shares of the whole
-- decoders as in benchmarks/bench_muon.py, from nothing, with a cosine: 0.3, 1.3 and 5.2 M parameters, each with Muon
-  and the smaller two with AdamW
-- then what goes on from a seed at a constant rate, its optimizer Muon: all text (dense), and three sources, each by a
-  model of its own and an eighth of the batch (experts), whose mean is printed
-- --shorter: without the largest and AdamW's second. One thread; about 70 minutes, 35 with --shorter
+- the law: 0.3118 C^(-1/8), C being 6 FLOPs for each weight and each token it has seen in the end; the table has shares
+  of it, and which one cpipe takes (`stages.engine.schedule.peak_rate`)
+- decoders as in benchmarks/bench_muon.py, from nothing, with a cosine: 0.3 and 1.3 M parameters with Muon, the smaller
+  one with AdamW; --longer also 5.2 M with Muon and 1.3 M with AdamW. --seeds: mean losses over so many
+- then what goes on from a seed of 0.3 M at a constant rate: all text (dense), and the three sources with most
+  documents, each by a model of its own with an eighth of the batch (experts), whose mean is printed; by Muon, by AdamW,
+  and by adapters of rank 16
+- one thread; about 35 minutes, or 70
 """
 
 import argparse
@@ -28,12 +28,14 @@ from torch import nn
 
 from schemas.decoder import DecoderConfig
 from schemas.tokenize_text import TokenizeManifest
+from schemas.train_experts import LoraConfig
 from schemas.training import TrainingConfig
 from stages.data.batches import Rows
 from stages.data.token_store import TokenStore
 from stages.engine.loop import train
 from stages.engine.schedule import GOES_ON, OF_ADAMW, peak_rate
 from stages.nn.decoder import Decoder, NextTokenLoss
+from stages.nn.lora import add_adapters
 
 SHARES = (0.25, 0.5, 1.0, 2.0)
 SOURCES = 3  # that experts are trained on
@@ -46,7 +48,7 @@ class Case(NamedTuple):
     width: int
     layers: int
     steps: int
-    longer: bool = False  # left out of a shorter benchmark
+    longer: bool = False  # left out unless --longer
 
 
 CASES = (
@@ -56,14 +58,14 @@ CASES = (
     Case("adamw", 64, 3, 1000),
     Case("adamw", 128, 5, 600, longer=True),
 )
-SEED = Case("muon", 64, 3, 1600)
+SEED, ON = Case("muon", 64, 3, 1600), 800  # what goes on, and for so many steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("inputs", nargs="+", help="Files, folders or patterns, as for `cpipe tokenize`.")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--shorter", action="store_true")
+    parser.add_argument("--longer", action="store_true")
     parser.add_argument("--bytes-per-source", type=int, default=3_000_000)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -74,34 +76,32 @@ def main() -> None:
         sources = list(_by_source(Path(folder)))
         _head()
         for case in CASES:
-            if not (case.longer and options.shorter):
-                shape = shape_of(case.width, case.layers, text.vocabulary)
-                _print_row(f"{case.optimizer}, {case.steps} steps", *_from_nothing(case, shape, text, options.seeds))
+            if options.longer or not case.longer:
+                _from_nothing(case, text, options.seeds)
         _go_on(text, sources)
-    print(f"\ncpipe takes 1 for Muon, {OF_ADAMW:g} for AdamW, and {GOES_ON:g} of that for what goes on")
 
 
 def _by_source(run_dir: Path) -> Iterator[Text]:
-    """The sources with most text, each as a text of its own."""
+    """The sources with most documents, each as a text of its own."""
     tokens = TokenizeManifest.read(run_dir)
     stores = {
         split: TokenStore.open([run_dir / ref.path for ref in tokens.shards(split)]) for split in ("train", "valid")
     }
     names = np.array(stores["train"].sources)
-    for name in sorted(set(names), key=lambda name: -(names == name).sum())[:SOURCES]:
+    for name in sorted(set(names), key=lambda name: (-(names == name).sum(), name))[:SOURCES]:
         train_rows, valid_rows = (
             Rows(store, tokens.metrics.end_of_text, LENGTH, np.flatnonzero(np.array(store.sources) == name))
             for store in stores.values()
         )
-        few = min(VALIDATION, valid_rows.count // BATCH)
+        few = max(1, min(VALIDATION, valid_rows.count // BATCH))
         yield Text(
             tokens.metrics.vocab_size, train_rows, [valid_rows.batch(number, BATCH, seed=0) for number in range(few)]
         )
 
 
-def _from_nothing(case: Case, shape: DecoderConfig, text: Text, seeds: int) -> tuple[float, list[float]]:
-    """The law's rate, and at each share of it the mean loss over the seeds."""
-    law, losses = _law(_new(shape, 0), case.steps, BATCH), []
+def _from_nothing(case: Case, text: Text, seeds: int) -> None:
+    shape, losses = shape_of(case.width, case.layers, text.vocabulary), []
+    law = _law(_new(shape, 0), case.steps, BATCH, 0)
     for share in SHARES:
         found = []
         for seed in range(seeds):
@@ -109,27 +109,36 @@ def _from_nothing(case: Case, shape: DecoderConfig, text: Text, seeds: int) -> t
             _train(module, text, case.optimizer, law * share, case.steps, BATCH, seed=seed)
             found.append(_loss(module, text))
         losses.append(statistics.mean(found))
-    return law, losses
+    size = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    _print_row(f"{size:.1f} M, {case.optimizer}", law, OF_ADAMW if case.optimizer == "adamw" else 1.0, losses)
 
 
 def _go_on(text: Text, sources: list[Text]) -> None:
-    shape = shape_of(SEED.width, SEED.layers, text.vocabulary)
-    seed = _new(shape, 0)
-    _train(seed, text, "muon", _law(seed, SEED.steps, BATCH), SEED.steps, BATCH, schedule="constant")
-    for name, texts, batch in (("dense", [text], BATCH), ("experts", sources, 1)):
-        law, losses = _law(seed, SEED.steps, batch, SEED.steps * BATCH * LENGTH) / GOES_ON, []
+    seed = _new(shape_of(SEED.width, SEED.layers, text.vocabulary), 0)
+    law = _law(seed, SEED.steps, BATCH, 0)
+    _train(seed, text, "muon", law, SEED.steps, BATCH, schedule="constant")
+    for name, texts, batch, optimizer, taken in (
+        ("dense, muon", [text], BATCH, "muon", GOES_ON),
+        ("experts, muon", sources, 1, "muon", GOES_ON),
+        ("experts, adamw", sources, 1, "adamw", GOES_ON * OF_ADAMW),
+        ("experts, adapters by adamw", sources, 1, "adamw", OF_ADAMW),
+    ):
+        law, losses = _law(seed, ON, batch, SEED.steps * BATCH * LENGTH), []
         for share in SHARES:
             found = []
             for each in texts:
                 module = copy.deepcopy(seed)
-                _train(module, each, "muon", law * share, SEED.steps, batch, seed=1)
+                if "adapters" in name:
+                    add_adapters(module.decoder, LoraConfig(), seed=0)
+                _train(module, each, optimizer, law * share, ON, batch, seed=1)
                 found.append(_loss(module, each))
             losses.append(statistics.mean(found))
-        _print_row(f"{name}, {SEED.steps} steps from a seed of as many", law, losses)
+        _print_row(f"from a seed: {name}", law, taken, losses)
 
 
-def _law(module: nn.Module, steps: int, batch: int, seen: int = 0) -> float:
-    return peak_rate(_settings("muon", None, steps, batch), module, seen)
+def _law(module: nn.Module, steps: int, batch: int, seen: int) -> float:
+    """The whole of it."""
+    return peak_rate(_settings("muon", None, steps, batch), module, seen) / (GOES_ON if seen else 1.0)
 
 
 def _new(shape: DecoderConfig, seed: int) -> NextTokenLoss:
@@ -160,14 +169,14 @@ def _loss(module: nn.Module, text: Text) -> float:
 
 def _head() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {BATCH} rows of {LENGTH} tokens a step\n")
-    print(f"| training | the law's rate | {' | '.join(f'{share:g} of it' for share in SHARES)} |")
-    print(f"|---|--:|{'--:|' * len(SHARES)}", flush=True)
+    print(f"| training | the law's rate | {' | '.join(f'× {share:g}' for share in SHARES)} | cpipe takes |")
+    print(f"|---|--:|{'--:|' * len(SHARES)}--:|", flush=True)
 
 
-def _print_row(name: str, law: float, losses: list[float]) -> None:
+def _print_row(name: str, law: float, taken: float, losses: list[float]) -> None:
     best = min(losses)
     cells = (f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for loss in losses)
-    print(f"| {name} | {law:g} | {' | '.join(cells)} |", flush=True)
+    print(f"| {name} | {law:g} | {' | '.join(cells)} | × {taken:g} |", flush=True)
 
 
 if __name__ == "__main__":

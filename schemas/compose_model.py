@@ -41,7 +41,7 @@ class BridgeTraining(Config):
     bridge_steps: int = Field(1000, gt=0, description="Optimizer steps with the experts in place.")
     bridge_batch_size: int = Field(32, gt=0, description="Rows in one of these steps.")
     bridge_learning_rate: float | None = Field(
-        None, gt=0, description="Peak, after warm-up, of these steps; default: by their FLOPs."
+        None, gt=0, description="Peak, after warm-up, of these steps; where not set, by their size."
     )
 
 

@@ -18,7 +18,9 @@ class TrainingConfig(Config):
     batch_size: int = Field(32, gt=0, description="Rows in one optimizer step, over all processes.")
     sequence_length: int = Field(256, gt=1, description="Tokens in a row.")
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak, after warm-up; default: by the FLOPs of the training, which `cpipe plan` tells."
+        None,
+        gt=0,
+        description="Peak, after warm-up; where not set, by the size of the training: `cpipe plan` tells it.",
     )
     schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "cosine", description="Of the rate after warm-up; wsd keeps the peak and falls in the last steps only."
@@ -31,7 +33,7 @@ class TrainingConfig(Config):
     optimizer: Literal["auto", "adamw", "muon"] = Field(
         "auto",
         description="AdamW, or Muon for linear maps inside the model and AdamW for the rest; auto is Muon where such "
-        "maps are trained without ZeRO 3 and offloading.",
+        "maps are trained, but not under ZeRO 3, with offloading, or where a --deepspeed file names AdamW.",
     )
     weight_decay: float = Field(0.1, ge=0, description="Of either optimizer, on matrices only.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")

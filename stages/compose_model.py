@@ -106,7 +106,7 @@ def _train_alone(config: CentralAloneConfig, run_dir: Path, upstream: Upstream, 
         central = _new_central(config, run_dir, upstream.seed)
         shards = [ref.check(run_dir) for ref in upstream.tokens.shards("train")]
         rows = Rows(TokenStore.open(shards), upstream.tokens.metrics.end_of_text, training.sequence_length)
-        metrics = train(
+        metrics = train(  # as a new model, also where it begins with the seed's layers: most of it is
             CentralLoss(central),
             rows.batches(training.batch_size, training.seed + 3),
             training,

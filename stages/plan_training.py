@@ -79,7 +79,8 @@ def run(config: PlanConfig, run_dir: Path) -> Plan:
     added = added_domains(run_dir) if _maybe(ExpertsManifest, run_dir) else []
     parts = ((domain.config.name, domain.metrics.train) for domain in added)
     shares = {name: (part.tokens + part.documents) / (text or 1) for name, part in parts}
-    found = jobs(config, shape, experts, shares, imported=_is_imported(config, seed))
+    trained = None if _is_imported(config, seed) else config.seed.training.tokens
+    found = jobs(config, shape, experts, shares, seen=seed.metrics.seen if seed else trained)
     return Plan(
         trainings=tuple(_plan(job, config.processes, shape, text, speed) for job in found),
         flops_per_second=speed,
@@ -133,22 +134,20 @@ def _seed_shape(
 
 
 def jobs(
-    config: PlanConfig, shape: DecoderConfig, experts: int, added: Mapping[str, float], *, imported: bool = False
+    config: PlanConfig, shape: DecoderConfig, experts: int, added: Mapping[str, float], *, seen: int | None
 ) -> Iterator[Job]:
-    """The trainings, of a seed and experts of that shape; not the seed's if it is `imported`.
+    """The trainings, of a seed and experts of that shape.
 
-    `added`: the text of each added domain, as a share of the run's.
+    `added`: the text of each added domain, as a share of the run's. `seen`: the seed's tokens; None: it is imported.
     """
     decoder = partial(_next_token, shape)
     members = dict(config.experts.members(experts))
-    seen = None if imported else config.seed.training.tokens
-    if not imported:
+    if seen is not None:
         yield Job("seed", 1, decoder, config.seed.training)
-    lora = config.experts.kind == "lora"
-    member, before = (partial(_adapted, shape, config.experts.lora), 0) if lora else (decoder, seen)
-    yield Job("experts", experts, member, members["experts/000"].training, share=1 / experts, seen=before)
+    member = partial(_adapted, shape, config.experts.lora) if config.experts.kind == "lora" else decoder
+    yield Job("experts", experts, member, members["experts/000"].training, share=1 / experts, seen=seen)
     for name, part in added.items():
-        yield Job(f"expert {name}", 1, member, members["experts/000"].training, share=part, seen=before)
+        yield Job(f"expert {name}", 1, member, members["experts/000"].training, share=part, seen=seen)
     for name in (name for name in members if name.startswith(DENSE)):
         yield Job(name, 1, decoder, members[name].training, seen=seen)
     experts += len(added)
@@ -250,7 +249,7 @@ def _plan(job: Job, processes: int, shape: DecoderConfig, text: int | None, spee
         tokens=tokens,
         epochs=None if text is None else tokens / (text * job.share),
         flops=flops,
-        learning_rate=peak_rate(training, hollow(job.make), job.seen),
+        learning_rate=training.learning_rate or peak_rate(training, hollow(job.make), job.seen),
         precision=precision,
         zero_stage=training.zero_stage,
         micro_batch_size=micro,

@@ -201,7 +201,7 @@ def _train_member(folder: str, config: ExpertConfig, run_dir: Path, upstream: Up
             claim.path,
             folder,
             _sampler(decoder, tokens, run_dir) if training.sample_every else None,
-            seen=0 if config.lora else seed.metrics.seen,
+            seen=seed.metrics.seen,
         )
         outputs = _write(decoder, config.lora, claim.path, run_dir, tokens) if claim.leader else []
         return claim.finish(

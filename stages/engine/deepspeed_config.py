@@ -23,7 +23,8 @@ UNPASSED_ZERO = (
     *("offload_param", "cpu_offload_param", "cpu_offload", "zenflow", "elastic_checkpoint", "load_from_fp32_weights"),
     "round_robin_gradients",  # with which DeepSpeed 0.19 gives parameters one another's place
     "compute_grad_norm",  # which clipping needs
-    "stage3_module_granularity_threshold",  # with which a linear layer is found taken apart
+    *("stage3_module_granularity_threshold", "module_granularity_threshold"),  # a linear layer is found taken apart
+    "legacy_stage1",  # which DeepSpeed has given up
 )
 
 
@@ -83,7 +84,11 @@ def _compare(given: dict[str, Any], own: dict[str, Any], precision: str, chosen:
     _agree(optimizer, {"type": kind, "params": None}, "optimizer.", {"type": "--optimizer"}, strict=True)
     betas = [config.adam_beta1, config.adam_beta2]
     params = {"lr": config.peak, "betas": betas, "eps": 1e-8, "weight_decay": config.weight_decay}
-    flags = {"lr": "--learning-rate", "betas": "--adam-beta1 and -2", "weight_decay": "--weight-decay"}
+    flags = {
+        "lr": "--learning-rate, or the size of the training,",
+        "betas": "--adam-beta1 and -2",
+        "weight_decay": "--weight-decay",
+    }
     _agree(_table(optimizer, "params", "optimizer."), params, "optimizer.params.", flags, strict=True)
     if (scheduler := _table(given, "scheduler")) != {}:
         found = json.dumps(scheduler.get("type"))

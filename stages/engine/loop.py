@@ -23,6 +23,7 @@ from stages.engine.checkpoints import Progress, Writer
 from stages.engine.compilation import choose_compile, compiler_cache
 from stages.engine.course import Course
 from stages.engine.engines import Engine, start_engine
+from stages.engine.optimizer import choose_optimizer
 from stages.engine.precision import choose_precision
 from stages.engine.processes import Place, any_process, find_place, mean_over_processes
 from stages.engine.reporter import Reporter
@@ -48,11 +49,11 @@ def train(
     batch_at: int64 [batch_size, sequence_length + 1] for a step from 0 on, a pure function; where it has a method
         `describe(step)`, that names the rows when the loss is not finite
     folder: where `checkpoints/`, `metrics.jsonl`, `samples.jsonl` and `tensorboard/` go
-    seen: tokens that what is trained was trained on before, None if that was elsewhere; for a rate that is not given
     write: continues a prompt with the module as it is, for samples; must leave it as it is
+    seen: tokens that what is trained was trained on before, None if that was elsewhere; for a rate that is not given
 
-    Raises DivergedFailure, InterruptedFailure, and UsageFailure when the batch cannot be divided, or samples cannot be
-    written.
+    Raises DivergedFailure, InterruptedFailure, and UsageFailure when the batch cannot be divided, samples cannot be
+    written, or the checkpoint is another optimizer's.
     """
     place = find_place()
     _check_division(config, place)
@@ -60,7 +61,7 @@ def train(
     config = _with_rate(config, module, seen, label)
     engine = start_engine(module, config, place)
     saved, compiled = folder / "checkpoints", choose_compile(config, place, module)
-    course = Course(_resume(engine, saved, label), config, label, batch_at)
+    course = Course(_resume(engine, saved, label, choose_optimizer(config, module)), config, label, batch_at)
     deadline = Deadline(config.max_minutes)
     with (
         compiler_cache(saved / f"compiled-{place.rank}", needed=compiled),
@@ -116,10 +117,15 @@ def _with_rate(config: TrainingConfig, module: nn.Module, seen: int | None, labe
     return config.model_copy(update={"learning_rate": rate})
 
 
-def _resume(engine: Engine, saved: Path, label: str) -> Progress:
+def _resume(engine: Engine, saved: Path, label: str, optimizer: str) -> Progress:
     if (found := checkpoints.newest(saved)) is None:
         return Progress(step=0, tokens=0, losses=())
     state, progress = found
+    written_by = "muon" if any(name.startswith("momentum_buffer/") for name in state) else "adamw"
+    if written_by != optimizer:
+        raise UsageFailure(
+            f"{saved} holds a training by {written_by}, and here it is {optimizer} that trains: remove it to begin anew"
+        )
     engine.load_state(state, progress.step - progress.skipped)
     logger.info("{}: resuming after step {}", label, progress.step)
     return progress

@@ -52,7 +52,7 @@ def choose_optimizer(config: TrainingConfig, module: nn.Module) -> str:
         named = isinstance(table, dict) and table.get("type") == "AdamW"
         return "muon" if inside and not hindrance and not named else "adamw"
     if config.optimizer == "muon" and hindrance:
-        raise UsageFailure(f"--optimizer muon {hindrance}: leave that out, or use adamw")
+        raise UsageFailure(f"--optimizer muon {hindrance}, or use --optimizer adamw")
     if config.optimizer == "muon" and not inside:
         raise UsageFailure("--optimizer muon: what is trained has no linear maps inside: use adamw")
     return config.optimizer
@@ -61,9 +61,9 @@ def choose_optimizer(config: TrainingConfig, module: nn.Module) -> str:
 def _hindrance(config: TrainingConfig) -> str:
     """Why Muon cannot train anything; empty where it can."""
     if config.zero_stage == 3:
-        return "needs whole matrices, of which --zero-stage 3 gives every process a part"
+        return "needs whole matrices, of which ZeRO 3 gives every process a part: use --zero-stage 2"
     if config.offload_optimizer != "none":
-        return "multiplies matrices where its averages lie, which --offload-optimizer cpu leaves to the processor"
+        return "multiplies matrices, which is slow on a processor: leave out --offload-optimizer cpu"
     return ""
 
 

@@ -8,27 +8,29 @@ from schemas.training import TrainingConfig
 from stages.engine.optimizer import choose_optimizer, trained
 
 FLOPS = 6  # of a step, for each weight that is trained and each token (Kaplan et al. 2020, section 2.1)
-# Shares of the law's rate, as benchmarks/bench_rates.py finds them for small models.
-OF_ADAMW = 0.5
-GOES_ON = 0.5
+OF_ADAMW = 0.5  # of the law's rate: small trainings by AdamW do best far under it (benchmarks/bench_rates.py)
+GOES_ON = 0.5  # of the rate of new weights, for what was trained before (likewise)
 ELSEWHERE = 20  # tokens for each weight that a model from elsewhere has seen, at least (Hoffmann et al. 2022)
 
 
 def peak_rate(config: TrainingConfig, module: nn.Module, seen: int | None) -> float:
     """The peak, as given, or by the law of DeepSeek LLM (Bi et al. 2024, section 3.1): 0.3118 C^(-1/8).
 
-    C: FLOPs of all the training that the weights have had in the end. The law was found with AdamW and 1e17 to 2e19 of
-    them; Muon's updates are as large. Less is taken for AdamW, which small trainings suit so, and for what goes on.
+    C: FLOPS for each weight and each token it has seen when this training ends. The law was found with AdamW for 1e17
+    to 2e19 of them; Muon's updates are as large. Adapters are new, and count with the weights they stand beside.
 
     module: before any of it is taken apart
-    seen: tokens that what is trained was trained on before; None: on some, elsewhere
+    seen: tokens that the weights were trained on before; None: some, elsewhere
     """
     if config.learning_rate is not None:
         return config.learning_rate
-    weights = sum(parameter.numel() for parameter in trained(module).values())
+    moving = trained(module)
+    adapters = any(name.endswith(".lora_A") for name in moving)
+    weights = sum(p.numel() for p in (module.parameters() if adapters else moving.values()))
     before = ELSEWHERE * weights if seen is None else seen
+    share = GOES_ON if before and not adapters else 1.0
+    share *= OF_ADAMW if choose_optimizer(config, module) == "adamw" else 1.0
     flops = FLOPS * weights * (before + config.tokens)
-    share = (GOES_ON if before else 1) * (OF_ADAMW if choose_optimizer(config, module) == "adamw" else 1)
     return float(f"{0.3118 * flops**-0.125 * share:.2g}")  # as one would write it
 
 

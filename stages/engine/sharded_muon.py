@@ -28,7 +28,7 @@ class Matrix(NamedTuple):
         return self.start + self.shape.numel()
 
     def part(self, begin: int, length: int) -> tuple[slice, slice]:
-        """What lies in the piece of this `length`: as numbers of the piece, and as numbers of the matrix."""
+        """What lies in the piece of this `length` from `begin` on: indices into the piece, and into the matrix."""
         first = min(max(self.start, begin), self.end)
         last = max(min(self.end, begin + length), first)
         return slice(first - begin, last - begin), slice(first - self.start, last - self.start)
@@ -46,7 +46,7 @@ class ShardedMuon(Optimizer):
         self._matrices: list[Matrix] = []
 
     def lay_out(self, row: Tensor) -> None:
-        """Find the parameters in the whole row, of which by now they are views."""
+        """Find the parameters in the row [all numbers], of which by now they are views. Before the first step."""
         starts = [(p.data_ptr() - row.data_ptr()) // row.element_size() for p in self._parameters]
         self._matrices = sorted(Matrix(start, p.shape) for start, p in zip(starts, self._parameters, strict=True))
         self._parameters = []
@@ -56,7 +56,7 @@ class ShardedMuon(Optimizer):
         """One update of the piece, if it has a gradient. All processes come here together."""
         (group,) = self.param_groups
         (piece,) = group["params"]
-        if piece.grad is None:
+        if piece.grad is None:  # on all processes: ZeRO steps one group at a time, and it is another's turn
             return
         momentum = self.state[piece]["momentum_buffer"]
         momentum.lerp_(piece.grad, 1 - MOMENTUM)

@@ -2,7 +2,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,13 @@ from schemas.plan_training import PlanConfig
 from schemas.train_experts import ExpertManifest, ExpertsConfig, ExpertsManifest, LoraConfig
 from schemas.train_gates import GatesManifest
 from schemas.train_seed import SeedConfig, SeedManifest
-from stages import export_model, import_model, plan_training
+from stages import compose_model, export_model, import_model, plan_training, train_experts
 from stages.artifacts.model_folder import read_model
 from stages.engine.checkpoints import KEPT
 from stages.engine.engines import start_engine
+from stages.engine.loop import train
 from stages.engine.optimizer import build_optimizer
+from stages.engine.schedule import peak_rate
 from stages.nn.decoder import Decoder, NextTokenLoss
 from stages.nn.lora import add_adapters
 from stages.nn.planning import cost_of_pass
@@ -82,11 +84,41 @@ def test_parameters_and_tokens_are_those_that_training_reports(planned, evaluate
         assert planned[name].tokens == found.training.tokens
 
 
-def test_rates_are_those_that_training_takes(config, planned, evaluated_run):
-    assert planned["seed"].learning_rate == SeedManifest.read(evaluated_run).metrics.training.learning_rate
-    found = plan_seed(config, evaluated_run, learning_rate=None).learning_rate
-    flops = 6 * planned["seed"].parameters * planned["seed"].tokens
-    assert found == float(f"{0.3118 * flops ** (-1 / 8):.2g}")
+@pytest.mark.parametrize(("kind", "trained"), [("full", "all"), ("lora", "bridges")])
+def test_rates_are_those_that_training_takes(config, evaluated_run, copied_run, monkeypatch, kind, trained):
+    """Of the very modules that are trained; the settings of the seed are others than those of the run's."""
+    run_dir, found = copied_run(evaluated_run), {}
+    free = {"learning_rate": None, "steps": 5}
+    experts, first = config.experts, config.compositions[0]
+    experts = ExpertsConfig(kind=kind, training=experts.training.model_copy(update=free))
+    bridges = first.bridge_training.model_copy(update={"train": trained, "bridge_learning_rate": None})
+    changes = {"training": first.training.model_copy(update=free), "bridge_training": bridges, "name": "central-free"}
+    composition = first.model_copy(update=changes)
+    seed = config.seed.model_copy(update={"training": config.seed.training.model_copy(update=free)})
+    asked = config.model_copy(update={"seed": seed, "experts": experts, "compositions": (composition,)})
+    planned = {each.name: each.learning_rate for each in plan_training.run(asked, run_dir).trainings}
+
+    def look(module, batch_at, training, folder, label, *_, seen=0):
+        found[label] = peak_rate(training, module, seen)
+        if label != "central-alone":
+            raise KeyboardInterrupt
+        return train(module, batch_at, training, folder, label, seen=seen)
+
+    for stage in (compose_model, train_experts):
+        monkeypatch.setattr(stage, "train", look)
+    for ask in (
+        partial(compose_model.run, composition),
+        *(partial(train_experts.run, experts.model_copy(update={"expert": name})) for name in ("0", "dense")),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            ask(run_dir, force=True)
+    names = {
+        "experts": "experts/000",
+        "dense": "dense",
+        "central-alone": "central-alone",
+        "central-free": "central-free",
+    }
+    assert {name: planned[name] for name in names} == {name: found[label] for name, label in names.items()}
 
 
 def test_operations_are_those_that_the_evaluation_reports(planned, evaluated_run):

@@ -38,6 +38,16 @@ def test_without_one_it_falls_with_the_flops_of_what_is_trained(width, settings,
     assert peak(nn.Sequential(nn.Linear(width, width, bias=False), frozen), **settings) == expected
 
 
+def test_adapters_are_new_and_count_with_what_they_stand_beside():
+    """For a decoder of 7e9 weights that was trained elsewhere, near the rates in use for it."""
+    module = nn.Module()
+    module.frozen = nn.Parameter(torch.empty(7_000_000, 1000, device="meta"), requires_grad=False)
+    module.beside = nn.Module()
+    module.beside.lora_A = nn.Parameter(torch.empty(16, 1000, device="meta"))
+    assert peak(module, seen=None) == 0.0003
+    assert peak(module, seen=0) > 0.0003
+
+
 def test_a_law_fit_far_away_is_met_where_it_was_fit():
     """DeepSeek LLM 67B (Bi et al. 2024, table 2): 67e9 weights, 2e12 tokens, a rate of 3.2e-4."""
     large = torch.empty(67_000_000, 1000, device="meta")
