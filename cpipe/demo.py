@@ -30,11 +30,13 @@ num_key_value_heads = 4
 sequence_length = 128
 batch_size = 24
 steps = 200
+learning_rate = 8e-3
 
 [train-experts]
 sequence_length = 128
 batch_size = 24
 steps = 200
+learning_rate = 4e-3
 
 [train-gates]
 sequence_length = 128
@@ -49,8 +51,10 @@ decoder_layers = 2
 sequence_length = 128
 batch_size = 24
 steps = 120
+learning_rate = 8e-3
 bridge_steps = 120
 bridge_batch_size = 12
+bridge_learning_rate = 4e-3
 
 [evaluate]
 tokens = 30_000
