@@ -183,9 +183,11 @@ def test_every_further_dense_baseline_is_a_job_of_its_own(slurm, config, trainin
     assert "--expert dense-20" in (tmp_path / "run/slurm/dense-20.sh").read_text()
 
 
-def test_a_further_dense_baseline_of_finished_experts_is_all_that_is_missing(slurm, config, expert_run, training):
+def test_a_further_dense_baseline_of_finished_experts_is_all_that_is_missing(
+    slurm, config, expert_run, copied_run, training
+):
     longer = ExpertsConfig(training=training, dense_steps=(20,))
-    rows = states(run(config(until="train-experts", train_experts=longer, submit=False), expert_run))
+    rows = states(run(config(until="train-experts", train_experts=longer, submit=False), copied_run(expert_run)))
     assert [job for job, state in rows.items() if state == "to submit"] == ["dense-20", "train-experts"]
 
 
