@@ -64,7 +64,8 @@ def whole_settings(path: Path) -> None:
 
 
 def deepspeed_file(path: Path) -> None:
-    deepspeed_config(validated(TrainingConfig, {"deepspeed": str(path)}, "cpipe train-seed"), "fp32", "adamw", 1)
+    settings = {"deepspeed": str(path), "learning_rate": 1e-3}
+    deepspeed_config(validated(TrainingConfig, settings, "cpipe train-seed"), "fp32", "adamw", 1)
 
 
 def token_shard(path: Path) -> None:
