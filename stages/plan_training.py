@@ -51,6 +51,7 @@ from stages.nn.planning import PassCost, cost_of_pass, hollow
 from stages.nn.routed import RoutedDecoder
 
 M = TypeVar("M", bound=Manifest)
+
 FP32 = 4  # bytes
 LOGITS = 3  # copies of a micro-batch's logits while a loss is computed: as they come, in fp32, their logarithms
 

@@ -8,7 +8,7 @@ from schemas.training import TrainingConfig
 from stages.engine.optimizer import choose_optimizer, trained
 
 FLOPS = 6  # of a step, for each weight that is trained and each token (Kaplan et al. 2020, section 2.1)
-OF_ADAMW = 0.5  # of the law's rate: small trainings by AdamW do best far under it (benchmarks/bench_rates.py)
+OF_ADAMW = 0.5  # of the law's rate, with which a small training by AdamW does best (benchmarks/bench_rates.py)
 GOES_ON = 0.5  # of the rate of new weights, for what was trained before (likewise)
 ELSEWHERE = 20  # tokens for each weight that a model from elsewhere has seen, at least (Hoffmann et al. 2022)
 

@@ -421,7 +421,7 @@ def test_one_two_and_again_one_process_continue_each_others_training(engine, opt
     code, errors = ended(started(tmp_path, settings), tmp_path)
     assert code == 0, errors
     expected, _ = trained(tmp_path / "whole", module=Toy(), optimizer=optimizer)
-    assert_close(weights_of(tmp_path), expected, 1e-5)
+    assert_close(weights_of(tmp_path), expected if optimizer == "muon" else reference(settings, 8), 1e-5)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_in_one_line(tmp_path):

@@ -53,7 +53,7 @@ def test_a_law_fit_far_away_is_met_where_it_was_fit():
     large = torch.empty(67_000_000, 1000, device="meta")
     module = nn.ParameterList([nn.Parameter(large)])
     found = peak(module, steps=100_000, batch_size=5_000, sequence_length=4_000) / OF_ADAMW
-    assert found == pytest.approx(3.2e-4, rel=0.3)
+    assert found == pytest.approx(3.2e-4, rel=0.02)
 
 
 def test_the_rate_rises_linearly_to_the_peak_and_falls_as_half_a_cosine():
