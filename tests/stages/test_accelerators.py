@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.utils.backend_registration
 from tiny_models import CALM, CENTRAL, COMPOSE, CONTROL, EVALUATE, GATES, SHAPE, TRAINING
 
@@ -16,6 +17,7 @@ from schemas.strict import Config
 from schemas.train_experts import ExpertsConfig, LoraConfig
 from schemas.train_seed import SeedConfig
 from stages import generate_text
+from stages.engine.processes import bf16_is_fast
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -55,8 +57,9 @@ def test_whatever_is_trained_has_on_an_accelerator_the_losses_of_the_processor(c
     found, expected = curves(run_dir), curves(full_run)
     assert len(expected) > 10
     assert found.keys() == expected.keys()
+    rounding = 1e-3 if bf16_is_fast(torch.device("cpu")) else 1e-5  # Muon's products are in bf16 then
     for name, curve in expected.items():
-        assert found[name] == pytest.approx(curve, rel=1e-5), name
+        assert found[name] == pytest.approx(curve, rel=rounding), name
 
 
 def test_every_model_writes_on_an_accelerator_what_it_does_on_the_processor(full_run):

@@ -96,7 +96,7 @@ def test_logits_of_a_prefix_do_not_depend_on_what_follows(reducer, upsampling):
     ids = some_ids(2, 23)
     whole = model(ids).logits_BTV
     for tokens in range(1, 23):
-        torch.testing.assert_close(model(ids[:, :tokens]).logits_BTV, whole[:, :tokens], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(model(ids[:, :tokens]).logits_BTV, whole[:, :tokens], atol=5e-5, rtol=1e-4)
 
 
 def test_a_latent_window_bounds_what_reaches_a_token_and_what_is_kept():
@@ -115,7 +115,7 @@ def test_a_latent_window_with_a_cache_equals_the_whole(window):
     model = make(latent_window=window).eval()
     ids, cache = some_ids(2, 43), model.new_cache()
     parts = [model(chunk, cache).logits_BTV for chunk in ids.split([5, 1, 1, 13, 4, 19], 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits_BTV, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits_BTV, atol=5e-5, rtol=1e-4)
     assert not torch.allclose(model(ids).logits_BTV[:, 40:], make()(ids).logits_BTV[:, 40:], atol=1e-3)
 
 
@@ -133,7 +133,7 @@ def test_the_last_logits_alone_are_those_of_all():
     ids, cache = some_ids(2, 23), model.new_cache()
     whole = model(ids).logits_BTV
     assert model(ids[:, :9], cache, last=True).logits_BTV.shape == (2, 1, VOCAB)
-    torch.testing.assert_close(model(ids[:, 9:], cache, last=True).logits_BTV, whole[:, -1:], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(model(ids[:, 9:], cache, last=True).logits_BTV, whole[:, -1:], atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunks", [[1] * 23, [3, 1, 7, 2, 10], [2, 21], [5, 5, 5, 8], [8, 4, 11]])
@@ -145,9 +145,9 @@ def test_any_chunks_with_a_cache_equal_the_whole(reducer, upsampling, chunks):
     parts = [model(chunk, cache) for chunk in ids.split(chunks, 1)]
     assert cache.seen == 23
     logits = torch.cat([part.logits_BTV for part in parts], 1)
-    torch.testing.assert_close(logits, whole.logits_BTV, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, whole.logits_BTV, atol=5e-5, rtol=1e-4)
     predictions = torch.cat([part.prediction_BMHE for part in parts], 1)
-    torch.testing.assert_close(predictions, whole.prediction_BMHE, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(predictions, whole.prediction_BMHE, atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("reducer", "upsampling"), KINDS)
