@@ -55,7 +55,8 @@ class TrainingConfig(Config):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile, which changes the last bits; auto is on for decoders on CUDA from 1,000 steps on.",
+        description="torch.compile, which changes the last bits; auto is on for long trainings of decoders: on CUDA "
+        "from 1,000 steps on, on processors from 5e13 FLOPs for each thread on, if there is a C++ compiler.",
     )
     zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed's ZeRO stage: what is sharded over processes.")
     offload_optimizer: Literal["none", "cpu"] = Field(

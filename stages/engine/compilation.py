@@ -1,7 +1,9 @@
 """Whether a module is compiled before it is trained, and where what the compiler makes lies.
 
-- compiling takes tens of seconds and changes the last bits: `auto` does it on CUDA in long runs only, for modules that
-  say that it pays for them; on CPU somebody has to say so. benchmarks/bench_train.py prints what it gains
+- compiling takes half a minute and changes the last bits: `auto` does it in long runs only, for modules that say that
+  it pays for them. benchmarks/bench_train.py prints what it gains
+- a compiler that is there need not work (headers may be missing): `auto` first compiles something small, and trains
+  without one where that fails
 - torch's cache is shared by all processes of a user, and one that is killed can leave half a file in it, on which every
   later start fails: each training has a cache of its own, that begins empty and ends with it
 - nothing is loaded from the cache of an earlier start: it holds machine code and pickles, which a run that comes from
@@ -10,17 +12,23 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
+import torch
+from loguru import logger
 from torch import nn
 
 from schemas.failures import UsageFailure
 from schemas.training import TrainingConfig
 from stages.engine.processes import Place
+from stages.engine.schedule import FLOPS
 
-WORTH_COMPILING = 1000  # steps
+LONG_STEPS = 1000  # of a training on CUDA that is worth compiling
+LONG_FLOPS = 5e13  # for each thread of one on processors, to which they are five to ten minutes of plain torch
 
 
 def choose_compile(config: TrainingConfig, place: Place, module: nn.Module) -> bool:
@@ -29,8 +37,8 @@ def choose_compile(config: TrainingConfig, place: Place, module: nn.Module) -> b
     Raises UsageFailure where compiling is asked for and cannot be.
     """
     if config.compile == "auto":
-        long = config.steps >= WORTH_COMPILING and getattr(module, "worth_compiling", False)
-        return place.device.type == "cuda" and long and config.zero_stage < 3
+        pays = getattr(module, "worth_compiling", False) and config.zero_stage < 3
+        return pays and _is_long(config, place, module) and compiler_works(place.device)
     if config.compile == "off":
         return False
     if config.zero_stage == 3:
@@ -38,6 +46,26 @@ def choose_compile(config: TrainingConfig, place: Place, module: nn.Module) -> b
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         raise UsageFailure(f"--compile on needs a C++ compiler, and there is no {compiler}: install it, or set CXX")
+    return True
+
+
+def _is_long(config: TrainingConfig, place: Place, module: nn.Module) -> bool:
+    if place.device.type == "cuda":
+        return config.steps >= LONG_STEPS
+    flops = FLOPS * sum(p.numel() for p in module.parameters()) * config.tokens / place.world
+    return flops >= LONG_FLOPS * torch.get_num_threads()
+
+
+@cache
+def compiler_works(device: torch.device) -> bool:
+    """Whether something small can be compiled here; what hinders it is logged."""
+    with tempfile.TemporaryDirectory(prefix="cpipe-") as folder, compiler_cache(Path(folder) / "cache", needed=True):
+        try:
+            torch.compile(lambda x: x.sin())(torch.ones(8, device=device))
+        except Exception as error:  # whatever a compiler, its headers or torch's own code generation meet
+            reason = str(error).partition("\n")[0]
+            logger.warning("training is not compiled, which would be faster: {}", reason)
+            return False
     return True
 
 

@@ -1,38 +1,23 @@
+import math
 import os
 
 import pytest
 import safetensors.torch
 import torch
 import torch._dynamo
+from loguru import logger
 from toy_processes import started
 from toy_training import Toy, batch_at, config, weights
 
 from schemas.decoder import DecoderConfig
 from schemas.failures import InterruptedFailure, UsageFailure
-from stages.engine import loop
-from stages.engine.compilation import WORTH_COMPILING, choose_compile, compiler_cache
+from stages.engine import compilation, loop
+from stages.engine.compilation import LONG_FLOPS, LONG_STEPS, choose_compile, compiler_cache, compiler_works
 from stages.engine.processes import Place
 from stages.nn.decoder import Decoder, NextTokenLoss
 
 CPU, CUDA = (Place(0, 0, 1, torch.device(device)) for device in ("cpu", "cuda"))
-
-
-@pytest.mark.parametrize(
-    ("place", "changes", "expected"),
-    [
-        (CPU, {"steps": WORTH_COMPILING}, False),
-        (CUDA, {"steps": WORTH_COMPILING}, True),
-        (CUDA, {"steps": WORTH_COMPILING - 1}, False),
-        (CUDA, {"steps": WORTH_COMPILING, "zero_stage": 3}, False),
-        (CUDA, {"steps": WORTH_COMPILING, "compile": "off"}, False),
-        (CUDA, {"compile": "on"}, True),
-        (CPU, {"compile": "on"}, True),
-    ],
-)
-def test_auto_compiles_long_runs_of_decoders_on_cuda_only(place, changes, expected):
-    settings = config(engine="deepspeed", **changes)
-    assert choose_compile(settings, place, next_token_loss()) is expected
-    assert choose_compile(settings, place, Toy()) is (expected and settings.compile == "on")
+CPU_OF_TWO = Place(0, 0, 2, torch.device("cpu"))
 
 
 def next_token_loss():
@@ -43,6 +28,36 @@ def next_token_loss():
     return NextTokenLoss(Decoder(shape))
 
 
+FEW = math.ceil(LONG_FLOPS / (6 * sum(p.numel() for p in next_token_loss().parameters()) * config().tokens_per_step))
+
+
+@pytest.mark.parametrize(
+    ("place", "changes", "expected"),
+    [
+        (CPU, {"steps": FEW - 1}, False),
+        (CPU, {"steps": FEW}, True),
+        (CPU, {"steps": FEW, "compile": "off"}, False),
+        (CPU, {"steps": FEW, "zero_stage": 3}, False),
+        (CPU_OF_TWO, {"steps": FEW}, False),
+        (CPU_OF_TWO, {"steps": 2 * FEW}, True),
+        (CUDA, {"steps": LONG_STEPS}, True),
+        (CUDA, {"steps": LONG_STEPS - 1}, False),
+        (CUDA, {"steps": LONG_STEPS, "zero_stage": 3}, False),
+        (CUDA, {"steps": LONG_STEPS, "compile": "off"}, False),
+        (CUDA, {"compile": "on"}, True),
+        (CPU, {"compile": "on"}, True),
+    ],
+)
+def test_auto_compiles_long_runs_of_decoders(place, changes, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(compilation, "compiler_works", lambda device: True)
+    settings = config(engine="deepspeed", **changes)
+    assert choose_compile(settings, place, next_token_loss()) is expected
+    assert choose_compile(settings, place, Toy()) is (expected and settings.compile == "on")
+    monkeypatch.setattr(compilation, "compiler_works", lambda device: False)
+    assert choose_compile(settings, place, next_token_loss()) is (expected and settings.compile == "on")
+
+
 def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch):
     with pytest.raises(UsageFailure, match="--compile on does not go with ZeRO 3"):
         choose_compile(config(engine="deepspeed", zero_stage=3, compile="on"), CPU, Toy())
@@ -50,6 +65,25 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch):
     with pytest.raises(UsageFailure, match="needs a C\\+\\+ compiler, and there is no no-such-compiler"):
         choose_compile(config(compile="on"), CPU, Toy())
     assert choose_compile(config(compile="off"), CPU, Toy()) is False
+
+
+@pytest.mark.parametrize("works", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_compiler_that_is_there_need_not_work(works, monkeypatch):
+    def broken(function):
+        raise RuntimeError("Python.h: no such file\nand much more")
+
+    if not works:
+        monkeypatch.setattr(torch, "compile", broken)
+    lines = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]), level="WARNING")
+    compiler_works.cache_clear()
+    try:
+        assert compiler_works(torch.device("cpu")) is works
+    finally:
+        logger.remove(sink)
+        compiler_works.cache_clear()
+    told = "training is not compiled, which would be faster: Python.h: no such file"
+    assert lines == ([] if works else [told])
 
 
 @pytest.mark.slow

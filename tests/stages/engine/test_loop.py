@@ -18,6 +18,7 @@ from schemas.failures import DivergedFailure, InterruptedFailure, ResourceFailur
 from stages.engine import checkpoints
 from stages.engine.loop import train
 from stages.engine.precision import LossScale
+from stages.engine.processes import bf16_is_fast
 from stages.engine.schedule import learning_rate
 
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow if name == "zero-3" else ()) for name in ENGINES]
@@ -370,7 +371,8 @@ def test_several_processes_give_the_weights_of_one_with_muon(world, tmp_path):
         assert code == 0, errors
     for number in range(len(every)):
         for rank in range(world):
-            assert_close(weights_of(tmp_path / "more", rank, number), weights(expected), 1e-5)
+            rounding = 1e-4 if bf16_is_fast(torch.device("cpu")) else 1e-5  # of Muon's products, in bf16 or fp32
+            assert_close(weights_of(tmp_path / "more", rank, number), weights(expected), rounding)
 
 
 @pytest.mark.slow

@@ -196,7 +196,7 @@ def test_exchanging_gives_each_row_what_another_row_has():
     same = ids[:1].expand(2, -1)
     for part in ("latents", "plan"):
         exchanged = frozenset({f"{part} exchanged"})
-        assert torch.equal(model(same).logits_BTV, model(same, ablate=exchanged).logits_BTV)
+        torch.testing.assert_close(model(same).logits_BTV, model(same, ablate=exchanged).logits_BTV, atol=1e-4, rtol=0)
         assert not torch.allclose(model(ids).logits_BTV, model(ids, ablate=exchanged).logits_BTV, atol=1e-3)
 
 
