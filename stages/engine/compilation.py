@@ -6,6 +6,9 @@
   without one where that fails
 - torch's cache is shared by all processes of a user, and one that is killed can leave half a file in it, on which every
   later start fails: each training has a cache of its own, that begins empty and ends with it
+- the compiled gradient of an embedding is summed by all threads at once, in whatever order they come: torch's
+  deterministic mode has one thread do it, and a run repeats itself to the bit. On CUDA attention and products have
+  such orders too, compiled or not, and the mode is left as it is
 - nothing is loaded from the cache of an earlier start: it holds machine code and pickles, which a run that comes from
   elsewhere could bring along
 """
@@ -17,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
@@ -67,6 +71,24 @@ def compiler_works(device: torch.device) -> bool:
             logger.warning("training is not compiled, which would be faster: {}", reason)
             return False
     return True
+
+
+@contextmanager
+def repeatable(device: torch.device, *, needed: bool) -> Iterator[None]:
+    """Have compiled sums on processors be the same in every run, in the block."""
+    if not needed or device.type != "cpu":
+        yield
+        return
+    memory: Any = torch.utils.deterministic  # a module with a property, of which its type knows nothing
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # to find bugs by, and slow
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
 
 
 @contextmanager

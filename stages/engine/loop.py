@@ -20,7 +20,7 @@ from schemas.failures import InterruptedFailure, UsageFailure
 from schemas.training import TrainingConfig, TrainingMetrics
 from stages.engine import checkpoints
 from stages.engine.checkpoints import Progress, Writer
-from stages.engine.compilation import choose_compile, compiler_cache
+from stages.engine.compilation import choose_compile, compiler_cache, repeatable
 from stages.engine.course import Course
 from stages.engine.engines import Engine, start_engine
 from stages.engine.optimizer import choose_optimizer
@@ -65,6 +65,7 @@ def train(
     deadline = Deadline(config.max_minutes)
     with (
         compiler_cache(saved / f"compiled-{place.rank}", needed=compiled),
+        repeatable(place.device, needed=compiled),
         Reporter(label, folder, config, course.step, place) as reporter,
         Writer(saved) as writer,
         stop_requested() as stopping,

@@ -115,6 +115,28 @@ def test_a_compiled_run_equals_an_eager_one_and_resumes_exactly(engine, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+def test_what_is_compiled_repeats_itself_on_several_threads(tmp_path, monkeypatch):
+    """Few tokens, so that threads add to the same rows of the embedding's gradient."""
+    shape = next_token_loss().decoder.config.model_copy(update={"hidden_size": 64, "intermediate_size": 64})
+    threads, ids = torch.get_num_threads(), torch.randint(shape.vocab_size, (8, 129))
+    found = []
+    torch.set_num_threads(2)
+    try:
+        for name in ("once", "again"):
+            (tmp_path / name).mkdir()
+            torch.manual_seed(0)
+            module = NextTokenLoss(Decoder(shape))
+            settings = config(steps=4, batch_size=8, sequence_length=128, compile="on")
+            loop.train(module, lambda step: ids, settings, tmp_path / name, "decoder")
+            found.append(weights(module))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_a_compiled_module_is_compiled(tmp_path):
     graphs = {}
     for compiled in ("off", "on"):
