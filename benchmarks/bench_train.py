@@ -122,7 +122,7 @@ def batch_at(step: int) -> Tensor:
 
 def settings(**changes: Any) -> TrainingConfig:
     known = {"steps": 10_000, "checkpoint_every": 10_000, "precision": "fp32", "engine": "torch", "optimizer": "adamw"}
-    known["learning_rate"] = 1e-3
+    known |= {"learning_rate": 1e-3, "compile": "off"}
     return TrainingConfig(**{**known, "batch_size": OPTIONS.batch, "sequence_length": OPTIONS.length, **changes})
 
 
@@ -220,11 +220,17 @@ def all_rows(world: int) -> dict[str, tuple[Start, bool]]:
     rows["transformers, fp32"] = (minimal(_transformers, "fp32"), True)
     rows["litgpt, fp32"] = (minimal(_litgpt, "fp32"), False)
     rows[f"{by_hand}, bf16"] = (minimal(_own, "bf16"), False)
-    if world == 1:
-        rows["cpipe, torch, bf16"] = (cpipe(precision="bf16"), False)
-        rows["minimal loop, fp32 compiled"] = (minimal(_own, "fp32", compiled=True), False)
-        rows["cpipe, torch, fp32 compiled"] = (cpipe(compile="on"), False)
-        rows["cpipe, torch, bf16 compiled"] = (cpipe(precision="bf16", compile="on"), False)
+    if world > 1:
+        return rows
+    rows["cpipe, torch, bf16"] = (cpipe(precision="bf16"), False)
+    rows["transformers, bf16"] = (minimal(_transformers, "bf16"), False)
+    rows["litgpt, bf16"] = (minimal(_litgpt, "bf16"), False)
+    rows["minimal loop, fp32 compiled"] = (minimal(_own, "fp32", compiled=True), False)
+    rows["cpipe, torch, fp32 compiled"] = (cpipe(compile="on"), False)
+    for name, make in (("minimal loop", _own), ("transformers", _transformers), ("litgpt", _litgpt)):
+        rows[f"{name}, bf16 compiled"] = (minimal(make, "bf16", compiled=True), False)
+    for engine in ("torch", "deepspeed"):  # with the second, what `auto` is for a long training with bf16 instructions
+        rows[f"cpipe, {engine}, bf16 compiled"] = (cpipe(engine=engine, precision="bf16", compile="on"), False)
     return rows
 
 

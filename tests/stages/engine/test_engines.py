@@ -57,6 +57,13 @@ def assert_close(found, expected, tolerance=1e-6):
         torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_one_process_without_zero_gathers_no_gradients(tmp_path, monkeypatch):
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    monkeypatch.setattr(DeepSpeedEngine, "allreduce_gradients", None)
+    trained(tmp_path, **ENGINES["zero-0"])
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("micro", [None, 2, 1])
 def test_every_engine_and_micro_batch_gives_the_weights_of_a_plain_adamw_loop(engine, micro, tmp_path):
