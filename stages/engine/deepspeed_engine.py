@@ -70,9 +70,8 @@ class DeepSpeedEngine:
         except (ValidationError, deepspeed.DeepSpeedConfigError) as error:  # of the user's file: our part is tested
             reason = explain(error, "") if isinstance(error, ValidationError) else f": {error}"
             raise UsageFailure(on_one_line(f"--deepspeed: DeepSpeed refuses its settings{reason}")) from error
-        if (
-            place.world == 1 and not self._stage
-        ):  # a mean over one process, for which all gradients would be copied twice
+        if place.world == 1 and not self._stage:
+            # A mean over one process, for which all gradients would be copied into one tensor and back.
             self._engine.enable_backward_allreduce = False
         # ZeRO 3 replaces this function for the whole process, and never puts it back.
         self._linear, functional.linear = functional.linear, linear
