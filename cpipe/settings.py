@@ -107,7 +107,15 @@ def asked_for(
             else:
                 config = resolve(stage.config, table, flags, f"{file or run_dir / FILE_NAME} [{stage.command}]")
             found.append((stage, config))
+    _check_compositions([config for stage, config in found if stage.command == "compose"], run_dir, file)
     return found
+
+
+def _check_compositions(found: "Sequence[Config | None]", run_dir: Path, file: Path | None) -> None:
+    from schemas.compose_model import ComposeConfig, check_together
+
+    if compositions := [config for config in found if isinstance(config, ComposeConfig)]:
+        check_together(compositions, f"{file or run_dir / FILE_NAME} [[compose]]")
 
 
 def _maker_of_seed(run_dir: Path, tables: Mapping[str, Any]) -> str:
@@ -135,6 +143,7 @@ def plan_settings(run_dir: Path, file: Path | None, flags: Mapping[str, Any]) ->
         ]
         for command in ("tokenize", "cluster", "train-seed", "train-experts", "train-gates", "compose")
     }
+    _check_compositions(found["compose"], run_dir, file)
     imported = _maker_of_seed(run_dir, tables) == "import"
     return validated(
         PlanConfig,

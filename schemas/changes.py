@@ -10,10 +10,16 @@ from schemas.version import VERSION
 
 def changed_settings(before: Config, now: Config) -> Iterator[str]:
     """The settings that can change the output and do not agree."""
-    old, new = _flat(before.key_settings()), _flat(now.key_settings())
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            yield f"{name} was {json.dumps(old.get(name))} and is now {json.dumps(new.get(name))}"
+    for name, old, new in differing(before, now):
+        yield f"{name} was {old} and is now {new}"
+
+
+def differing(one: Config, other: Config) -> Iterator[tuple[str, str, str]]:
+    """Names and both values, as JSON, of the settings that can change the output and do not agree."""
+    first, second = _flat(one.key_settings()), _flat(other.key_settings())
+    for name in sorted(first.keys() | second.keys()):
+        if first.get(name) != second.get(name):
+            yield name, json.dumps(first.get(name)), json.dumps(second.get(name))
 
 
 def changed_inputs(before: Sequence[InputRef], now: Sequence[InputRef]) -> Iterator[str]:

@@ -4,12 +4,14 @@
   composition (one folder per `name`, so that controls and bridge kinds live beside each other in a run)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from schemas.central import CentralShape
+from schemas.changes import differing
+from schemas.failures import UsageFailure
 from schemas.manifest import Conversion, Manifest
 from schemas.strict import Config, Strict, runtime_setting
 from schemas.training import TrainingConfig, TrainingMetrics
@@ -114,6 +116,20 @@ class ComposeConfig(CentralAloneConfig):
                 "learning_rate": own.bridge_learning_rate,
             }
         )
+
+
+def check_together(compositions: Sequence[ComposeConfig], where: str) -> None:
+    """That one run can hold all of them, which share the central model alone. Raises UsageFailure."""
+    first, names = compositions[0], set[str]()
+    for each in compositions:
+        if each.name in names:
+            raise UsageFailure(f"{where}: two compositions have the name {each.name}: give one of them another")
+        names.add(each.name)
+        for setting, one, other in differing(first.alone(), each.alone()):
+            raise UsageFailure(
+                f"{where}: {setting} is {one} for {first.name} and {other} for {each.name}, but a run trains the "
+                "central model alone once, for all compositions: make them the same, or compose one in another run"
+            )
 
 
 class CentralAloneMetrics(Strict):

@@ -1,7 +1,7 @@
 import pytest
 
 from cpipe.pipeline import STAGES, TABLES
-from cpipe.settings import leaves, read_settings, resolve
+from cpipe.settings import asked_for, leaves, plan_settings, read_settings, resolve
 from schemas.compose_model import ComposeConfig
 from schemas.failures import UsageFailure
 from schemas.generate_text import GenerateConfig
@@ -102,6 +102,27 @@ def test_tables_are_lists_and_another_file_replaces_the_runs_own(tmp_path):
     other = tmp_path / "other.toml"
     other.write_text("[cluster]\nclusters = 5\n")
     assert read_settings(tmp_path, other, TABLES) == {"cluster": [{"clusters": 5}]}
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        ("name = 'central-b'\nbridge_steps = 2\nbridge = 'calm'", None),
+        ("bridge = 'calm'", "two compositions have the name central: give one of them another"),
+        (
+            "name = 'central-b'\nsteps = 2",
+            "training.steps is 1000 for central and 2 for central-b, but a run trains the central model alone once, "
+            "for all compositions: make them the same, or compose one in another run",
+        ),
+    ],
+)
+def test_compositions_of_a_run_have_names_of_their_own_and_one_central_model_alone(second, told, tmp_path):
+    written(tmp_path, f"[[compose]]\n[[compose]]\n{second}\n")
+    for asked in ((asked_for, tmp_path, None, ["compose"], []), (plan_settings, tmp_path, None, {})):
+        if told:
+            assert refusal(*asked) == f"{tmp_path}/cpipe.toml [[compose]]: {told}"
+        else:
+            asked[0](*asked[1:])
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ def no_slurm(monkeypatch):
 
 def test_the_settings_of_the_stages_are_those_of_the_file(tmp_path):
     (tmp_path / "cpipe.toml").write_text(
-        "[cluster]\nclusters = 5\n[[compose]]\nsteps = 1\n[[compose]]\nname = 'central-b'\n[slurm]\nshards = 7\n"
-        "[slurm.train-seed]\nnodes = 2\n"
+        "[cluster]\nclusters = 5\n[[compose]]\nsteps = 1\n[[compose]]\nname = 'central-b'\nsteps = 1\n"
+        "[slurm]\nshards = 7\n[slurm.train-seed]\nnodes = 2\n"
     )
     config = submission.submission(tmp_path, ["a.txt"], None, None, submit=False)
     assert tuple(config.stages) == PIPELINE
