@@ -386,7 +386,7 @@ def test_two_processes_give_the_weights_of_one_in_half_precision(precision, opti
         code, errors = ended(process, tmp_path / "two", rank)
         assert code == 0, errors
     for number in range(len(every)):
-        assert_close(weights_of(tmp_path / "two", 0, number), expected, 1e-3)  # a tenth of a step
+        assert_close(weights_of(tmp_path / "two", 0, number), expected, 2e-3)  # a fifth of the rate, of eight steps
         assert_close(weights_of(tmp_path / "two", 1, number), weights_of(tmp_path / "two", 0, number), 0)
 
 
