@@ -61,17 +61,12 @@ def _trained(text: Text, shape: DecoderConfig, kind: str, steps: int, seed: int)
     """Validation loss in nats per token, and CPU seconds."""
     fixed = {"engine": "torch", "tensorboard": False, "checkpoint_every": steps, "log_every": steps}
     own = {"steps": steps, "batch_size": BATCH, "sequence_length": LENGTH, "seed": seed, **KINDS[kind]}
+    config = TrainingConfig.model_validate({**fixed, **own})
     torch.manual_seed(seed)
     loss = NextTokenLoss(Decoder(shape))
     begun = _spent()
     with tempfile.TemporaryDirectory(prefix="bench-precision-") as folder:
-        train(
-            loss,
-            text.rows.batches(BATCH, seed=seed),
-            TrainingConfig.model_validate({**fixed, **own}),
-            Path(folder),
-            kind,
-        )
+        train(loss, text.rows.batches(BATCH, seed=seed), config, Path(folder), kind)
     seconds = _spent() - begun
     with torch.no_grad():
         device = next(loss.parameters()).device
