@@ -63,17 +63,7 @@ class Text(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", nargs="+", help="Files, folders or patterns, as for `cpipe tokenize`.")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--bytes-per-source", type=int, default=3_000_000)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    logger.remove()
+    options = options_of(__doc__, steps=200, seeds=1)
     with tempfile.TemporaryDirectory(prefix="bench-muon-") as folder:
         text = tokenized(Path(folder), options.inputs, options.bytes_per_source)
         shape = shape_of(options.width, options.layers, text.vocabulary)
@@ -89,6 +79,22 @@ def main() -> None:
             pair = [_trained(text, shape, one.optimizer, one.rate, options.steps, seed) for one in best]
             again.append((*pair, _trained(text, shape, "muon", best[1].rate, fitting, seed)))
     _print_seeds(again)
+
+
+def options_of(about: str, *, steps: int, seeds: int) -> argparse.Namespace:
+    """What the command line asks for; `about`: the script's documentation, of whose first line help is made."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("inputs", nargs="+", help="Files, folders or patterns, as for `cpipe tokenize`.")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--bytes-per-source", type=int, default=3_000_000)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logger.remove()
+    return options
 
 
 def shape_of(width: int, layers: int, vocabulary: int) -> DecoderConfig:
@@ -131,12 +137,16 @@ def _trained(text: Text, shape: DecoderConfig, optimizer: str, rate: float, step
     with tempfile.TemporaryDirectory(prefix="bench-muon-") as folder:
         train(loss, text.rows.batches(BATCH, seed=seed), config, Path(folder), optimizer)
     seconds = time.process_time() - begun
-    with torch.no_grad():
-        found = torch.stack([loss(rows.to(next(loss.parameters()).device))["loss"] for rows in text.validation])
-    print(
-        f"{optimizer} at {rate:g}, seed {seed}: {steps} steps, {seconds:.0f} CPU s, loss {found.mean():.4f}", flush=True
-    )
-    return Trained(float(found.mean()), optimizer, rate, steps, seconds)
+    found = validation_loss(loss, text)
+    print(f"{optimizer} at {rate:g}, seed {seed}: {steps} steps, {seconds:.0f} CPU s, loss {found:.4f}", flush=True)
+    return Trained(found, optimizer, rate, steps, seconds)
+
+
+@torch.no_grad()
+def validation_loss(module: nn.Module, text: Text) -> float:
+    """Mean over the validation rows, nats per token."""
+    device = next(module.parameters()).device
+    return float(torch.stack([module(rows.to(device))["loss"] for rows in text.validation]).mean())
 
 
 def _print_step(shape: DecoderConfig, rounds: int = 20) -> None:

@@ -9,7 +9,6 @@
 - one thread; 20 minutes on a processor with bf16 instructions, more without
 """
 
-import argparse
 import os
 import resource
 import statistics
@@ -17,8 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_muon import BATCH, LENGTH, Text, shape_of, tokenized
-from loguru import logger
+from bench_muon import BATCH, LENGTH, Text, options_of, shape_of, tokenized, validation_loss
 
 from schemas.decoder import DecoderConfig
 from schemas.training import TrainingConfig
@@ -36,17 +34,7 @@ KINDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", nargs="+", help="Files, folders or patterns, as for `cpipe tokenize`.")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--bytes-per-source", type=int, default=3_000_000)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    logger.remove()
+    options = options_of(__doc__, steps=400, seeds=3)
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(prefix="bench-precision-") as folder:
         text = tokenized(Path(folder), options.inputs, options.bytes_per_source)
@@ -68,9 +56,7 @@ def _trained(text: Text, shape: DecoderConfig, kind: str, steps: int, seed: int)
     with tempfile.TemporaryDirectory(prefix="bench-precision-") as folder:
         train(loss, text.rows.batches(BATCH, seed=seed), config, Path(folder), kind)
     seconds = _spent() - begun
-    with torch.no_grad():
-        device = next(loss.parameters()).device
-        value = float(torch.stack([loss(rows.to(device))["loss"] for rows in text.validation]).mean())
+    value = validation_loss(loss, text)
     print(f"{kind}, seed {seed}: {steps} steps, {seconds:.0f} CPU s, loss {value:.4f}", flush=True)
     return value, seconds
 

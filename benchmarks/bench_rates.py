@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from bench_muon import BATCH, LENGTH, VALIDATION, Text, shape_of, tokenized
+from bench_muon import BATCH, LENGTH, VALIDATION, Text, shape_of, tokenized, validation_loss
 from loguru import logger
 from torch import nn
 
@@ -107,7 +107,7 @@ def _from_nothing(case: Case, text: Text, seeds: int) -> None:
         for seed in range(seeds):
             module = _new(shape, seed)
             _train(module, text, case.optimizer, law * share, case.steps, BATCH, seed=seed)
-            found.append(_loss(module, text))
+            found.append(validation_loss(module, text))
         losses.append(statistics.mean(found))
     size = sum(parameter.numel() for parameter in module.parameters()) / 1e6
     _print_row(f"{size:.1f} M, {case.optimizer}", law, OF_ADAMW if case.optimizer == "adamw" else 1.0, losses)
@@ -131,7 +131,7 @@ def _go_on(text: Text, sources: list[Text]) -> None:
                 if "adapters" in name:
                     add_adapters(module.decoder, LoraConfig(), seed=0)
                 _train(module, each, optimizer, law * share, ON, batch, seed=1)
-                found.append(_loss(module, each))
+                found.append(validation_loss(module, each))
             losses.append(statistics.mean(found))
         _print_row(f"from a seed: {name}", law, taken, losses)
 
@@ -158,13 +158,6 @@ def _train(
     config = _settings(optimizer, rate, steps, batch, seed=seed, **changes)
     with tempfile.TemporaryDirectory(prefix="bench-rates-") as folder:
         train(module, text.rows.batches(batch, seed=seed), config, Path(folder), optimizer)
-
-
-@torch.no_grad()
-def _loss(module: nn.Module, text: Text) -> float:
-    """Mean over the validation rows, nats per token."""
-    device = next(module.parameters()).device
-    return float(torch.stack([module(rows.to(device))["loss"] for rows in text.validation]).mean())
 
 
 def _head() -> None:
