@@ -23,11 +23,17 @@ class Deadline:
         self._end = None if minutes is None else launch.STARTED + 60 * minutes
         self._last = time.monotonic()
         self._longest = 0.0  # of a step, with whatever else came with it
+        self._steps = 0
 
     def near(self, writing: float) -> bool:
-        """To be asked once per step. `writing`: seconds a checkpoint takes to be written, beside the steps."""
+        """To be asked once per step. `writing`: seconds a checkpoint takes to be written, beside the steps.
+
+        The first step also compiles, half a minute that does not come again: it counts until there is a second.
+        """
         now = time.monotonic()
-        self._longest, self._last = max(self._longest, now - self._last), now
+        took, self._last = now - self._last, now
+        self._longest = took if self._steps < 2 else max(self._longest, took)
+        self._steps += 1
         return self._end is not None and now + 2 * (self._longest + writing) >= self._end
 
 
